@@ -1,0 +1,872 @@
+r"""What all nine scripts share: data loaders, network architectures, and the plumbing of a command-line run.
+
+Nothing of any method is in here: objectives, attacks, samplers, training loops and metrics stand in the scripts.
+
+Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; in memory they are kept as uint8.
+Networks scale or normalise inside their own forward. Whatever a user can get wrong raises UserError, which a
+script turns into one line on stderr and exit code 2 before any work.
+
+    1. data          load_images("glyphs", "train") -> Images (in memory) or Pictures (files, read by a DataLoader)
+    2. networks      MnistCNN, PlainCNN, ResNet, ResBlockD, InceptionFeatures
+    3. checkpoints   save_checkpoint, load_checkpoint
+    4. command line  parse_args, Run (folder, log.csv, results.json, closing table)
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as T
+from torchvision.utils import make_grid
+
+matplotlib.use("Agg")  # files only: the same picture with and without a screen
+
+
+class UserError(Exception):
+    """Something the user can mend: main() prints it in one line on stderr and exits with code 2."""
+
+
+class Diverged(Exception):
+    """A training run whose numbers went out of bounds: says what was seen and which settings to try."""
+
+
+# --- 1. data ---------------------------------------------------------------------------------------------------
+
+IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, else what makes or downloads it
+    "glyphs": (1, 28, 10), "letters": (1, 28, 48), "symbols": (1, 28, 24),
+    "mnist": (1, 28, 10), "fashion_mnist": (1, 28, 10), "noise": (1, 28, 1),
+    "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "svhn": (3, 32, 10), "tinyimagenet": (3, 64, 200),
+}
+FOLDERS = ("celebahq", "afhq_cat", "lsun_church", "imagenet")  # any nesting of png, jpg, webp files
+TORCHVISION = {"flowers102": "Flowers102", "pets": "OxfordIIITPet"}
+P0 = {  # the out-distribution p0 that goes with an in-distribution set (80 Million Tiny Images is withdrawn: unused)
+    "glyphs": "letters", "mnist": "letters", "fashion_mnist": "letters", "cifar10": "tinyimagenet",
+    "cifar100": "tinyimagenet", "svhn": "tinyimagenet", "celebahq": "imagenet", "afhq_cat": "imagenet",
+    "lsun_church": "imagenet",
+}
+DIGITS = "0123456789"
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnpqrstuvwxyz"  # without I, O, l, o: those are a 1 and a 0
+SYMBOLS = "#$%&+=<>?@{}~!" + "\u0393\u0394\u0398\u03a3\u03a9\u03b1\u03b2\u03bb\u221e\u2192"
+TEXT_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
+              "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
+              "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10")
+SYMBOL_FONTS = TEXT_FONTS[:12]  # in the Computer Modern files these code points hold other signs
+
+
+@dataclasses.dataclass
+class Images:
+    """A data set in memory: x uint8 [N, C, H, W] on `device`, y int64 [N], and the name of its source."""
+    x: torch.Tensor
+    y: torch.Tensor
+    name: str
+
+    def __len__(self):
+        return len(self.x)
+
+    @property
+    def shape(self):
+        return tuple(self.x.shape[1:])
+
+    def take(self, index):
+        """Images of these indices (tensor, list or slice) as float32 [B, C, H, W] in [0, 1]."""
+        return self.x[index].float() / 255
+
+    def to(self, device):
+        return Images(self.x.to(device), self.y.to(device), self.name)
+
+
+@functools.lru_cache(maxsize=None)
+def glyph_template(font, char):
+    """One character as float64 [64, 64] in [0, 1], its longer side 44 pixels, centred; None where a font lacks it."""
+    from matplotlib.ft2font import FT2Font
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    if not file.exists():
+        return None
+    face, size = FT2Font(str(file)), 64.0
+    if ord(char) not in face.get_charmap():  # FreeType would draw an empty box in its place
+        return None
+    for _ in range(2):  # measure, then draw at the size that makes the longer side 44
+        face.set_size(size, 72)
+        face.set_text(char)
+        face.draw_glyphs_to_bitmap(antialiased=True)
+        bitmap = np.asarray(face.get_image(), dtype=np.float64) / 255
+        ink = np.argwhere(bitmap > 0.2)
+        if len(ink) < 8:  # blank
+            return None
+        (top, left), (bottom, right) = ink.min(0), ink.max(0) + 1
+        size *= 44 / max(bottom - top, right - left)
+    glyph = bitmap[top:bottom, left:right][:60, :60]
+    h, w = glyph.shape
+    canvas = np.zeros((64, 64))
+    canvas[(64 - h) // 2:(64 - h) // 2 + h, (64 - w) // 2:(64 - w) // 2 + w] = glyph
+    return canvas
+
+
+def render_glyphs(chars, fonts, n, seed, side=28):
+    """n random characters -> uint8 [n, 1, side, side] (white ink on black) and labels int64 [n], the index in `chars`.
+
+    Random font, size (16 to 22 pixels of 28), rotation (12 degrees), shear (.15) and shift (2 pixels). The random
+    stream is RandomState's, which NumPy keeps frozen, and the warp runs in float64: the same bytes on every machine
+    that has the same matplotlib (its fonts and its FreeType).
+    """
+    pairs = [(c, t) for c, char in enumerate(chars) for font in fonts
+             if (t := glyph_template(font, char)) is not None]
+    owner = np.array([c for c, _ in pairs])
+    if len(set(owner)) < len(chars):
+        lacking = [c for i, c in enumerate(chars) if i not in set(owner)]
+        raise UserError(f"glyphs: no font of this matplotlib ({matplotlib.__version__}) draws {lacking}; reinstall it")
+    templates = torch.from_numpy(np.stack([t for _, t in pairs]))[:, None]  # [M, 1, 64, 64]
+    random = np.random.RandomState(seed)
+    label = random.randint(len(chars), size=n)
+    first = np.searchsorted(owner, label)  # each character's drawings stand together
+    count = np.searchsorted(owner, label, side="right") - first
+    which = torch.from_numpy(first + np.floor(random.rand(n) * count).astype(np.int64))
+    u = torch.from_numpy(random.rand(5, n) * 2 - 1)
+    scale = 64 / 44 * side / 28 * (19 + 3 * u[0]) / side  # size of the drawing relative to the target frame
+    angle, shear, shift = u[1] * math.pi / 15, u[2] * 0.15, u[3:] * 2 * 2 / 28
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([torch.stack([cos, sin + shear * cos, shift[0]], -1),
+                         torch.stack([-sin, cos - shear * sin, shift[1]], -1)], 1)  # [n, 2, 3]
+    out = []
+    for t, k in zip(theta.split(2000), which.split(2000)):  # two samples a pixel and side: no aliasing
+        grid = F.affine_grid(t, (len(t), 1, 2 * side, 2 * side), align_corners=False)
+        warped = F.avg_pool2d(F.grid_sample(templates[k], grid, align_corners=False), 2)
+        out.append((warped.clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(out), torch.from_numpy(label)
+
+
+def ink_mask(images):
+    """Segmentation mask of rendered glyphs: float images [B, 1, H, W] in [0, 1] -> bool, true where there is ink."""
+    return images >= 0.5
+
+
+def made_here(name, split, channels=1, side=28):
+    """Sets that need no file: rendered digits, letters and symbols (10,000 train, 2,000 test), uniform noise."""
+    n, offset = (10_000, 0) if split == "train" else (2_000, 1)
+    if name == "noise":
+        x = np.random.RandomState(77 + offset).randint(0, 256, (n, channels, side, side), dtype=np.uint8)
+        return torch.from_numpy(x), torch.zeros(n, dtype=torch.long)
+    chars, fonts, seed = {"glyphs": (DIGITS, TEXT_FONTS, 10), "letters": (LETTERS, TEXT_FONTS, 20),
+                          "symbols": (SYMBOLS, SYMBOL_FONTS, 30)}[name]
+    return render_glyphs(chars, fonts, n, seed + offset)
+
+
+def read_npz(file, split, classes):
+    """x (N, H, W[, 3]) uint8 and y (N,) of one split of a Keras-style archive -> uint8 [N, C, H, W], int64 [N]."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            absent = [k for k in (f"x_{split}", f"y_{split}") if k not in archive.files]
+            if absent:
+                raise UserError(f"{file}: no {split} split (lacks {', '.join(absent)}; has {', '.join(archive.files)})")
+            x, y = archive[f"x_{split}"], archive[f"y_{split}"]
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib, OSError, ValueError: a torn or foreign file fails in many ways
+        raise UserError(f"{file}: not a readable .npz file ({type(error).__name__}: {error})") from None
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
+        raise UserError(f"{file}: x_{split} is {x.dtype} {x.shape}; expected uint8 (N, H, W) or (N, H, W, 3)")
+    y = y.reshape(-1)
+    if len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
+        raise UserError(f"{file}: y_{split} is {y.dtype} ({len(y)},); expected {len(x)} integers")
+    if not len(x):
+        raise UserError(f"{file}: the {split} split is empty")
+    if y.min() < 0 or y.max() >= classes:
+        raise UserError(f"{file}: labels of y_{split} run from {y.min()} to {y.max()}; expected 0 to {classes - 1}")
+    x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
+
+
+def download(name, split, data_dir):
+    """Read a small set with torchvision, downloading it where needed -> uint8 [N, C, H, W], int64 [N]."""
+    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
+            "svhn": "SVHN"}[name]
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    try:
+        made = getattr(torchvision.datasets, kind)(str(data_dir), download=True, **which)
+    except Exception as error:
+        raise UserError(f"{name}: no {data_dir / name}.npz, and the download failed ({type(error).__name__}); put an "
+                        f".npz with x_train, y_train, x_test, y_test there (x uint8 (N, H, W[, 3])), or mend the network") from None
+    x = torch.as_tensor(np.asarray(made.data))
+    y = torch.as_tensor(np.asarray(made.labels if name == "svhn" else made.targets)).long()
+    x = x[:, None] if x.ndim == 3 else x if name == "svhn" else x.permute(0, 3, 1, 2)
+    return x.contiguous(), y
+
+
+def read_tiny_imagenet(folder, split):
+    """The published tiny-imagenet-200 folder -> uint8 [N, 3, 64, 64], int64 [N]; its val images are our test split."""
+    classes = {w: i for i, w in enumerate(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))}
+    if split == "train":
+        rows = [(p, classes[p.parent.parent.name]) for p in sorted((folder / "train").glob("*/images/*.JPEG"))]
+    else:
+        notes = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+        rows = [(folder / "val" / "images" / r.split("\t")[0], classes[r.split("\t")[1]]) for r in notes if r]
+    if not rows:
+        raise UserError(f"{folder}: no {split} images in it")
+    x = torch.stack([picture_tensor(open_picture(p), 64) for p, _ in rows])
+    return x, torch.tensor([y for _, y in rows])
+
+
+def resize(x, side):
+    """uint8 [N, C, H, W] -> uint8 [N, C, side, side]; area-averaged when it shrinks by a whole factor, else bilinear."""
+    if x.shape[-1] == side and x.shape[-2] == side:
+        return x
+    whole = x.shape[-1] % side == 0 and x.shape[-2] % side == 0
+    mode = {"mode": "area"} if whole else {"mode": "bilinear", "antialias": True}
+    return torch.cat([F.interpolate(b.float(), size=(side, side), **mode).round().clamp(0, 255).to(torch.uint8)
+                      for b in x.split(2000)])
+
+
+def load_images(name, split="train", data_dir="data", channels=None, side=None):
+    """A data set by name -> Images or, for folders and torchvision's large sets, Pictures.
+
+    split: "train" or "test". channels, side: what the script asks for; grey is repeated, colour averaged.
+    Raises UserError, in one line: unknown name, missing or damaged file, a split that is not there, an empty folder.
+    """
+    data_dir = Path(data_dir)
+    known = [*IN_MEMORY, *FOLDERS, *TORCHVISION]
+    if name not in known:
+        raise UserError(f"unknown data set '{name}'; known: {', '.join(known)}")
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split '{split}'; known: train, test")
+    if name in FOLDERS:
+        return Pictures(image_files(data_dir / name, split), side or 256, name)
+    if name in TORCHVISION:
+        return torchvision_pictures(name, split, data_dir, side or 256)
+    c, s, classes = IN_MEMORY[name]
+    file = data_dir / f"{name}.npz"
+    if name in ("glyphs", "letters", "symbols", "noise"):
+        x, y = made_here(name, split, channels or c, side or s)
+    elif file.exists():
+        x, y = read_npz(file, split, classes)
+        if tuple(x.shape[1:]) != (c, s, s):
+            raise UserError(f"{file}: images of x_{split} are {tuple(x.shape[1:])}; expected {(c, s, s)}")
+    elif name == "tinyimagenet":
+        if not (data_dir / "tiny-imagenet-200" / "train").is_dir():
+            raise UserError(f"tinyimagenet: put {file} or the unpacked folder {data_dir / 'tiny-imagenet-200'} there")
+        x, y = read_tiny_imagenet(data_dir / "tiny-imagenet-200", split)
+    else:
+        x, y = download(name, split, data_dir)
+    x = resize(x, side or s)
+    channels = channels or c
+    if channels == 3 and x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1).contiguous()
+    elif channels == 1 and x.shape[1] == 3:
+        x = x.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return Images(x, y, name)
+
+
+def image_files(folder, split):
+    """Sorted image files below folder/SPLIT (or below folder itself where it has no such sub-folder)."""
+    folder = folder / split if (folder / split).is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; put the images there (png, jpg or webp, in any sub-folders)")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UserError(f"{folder}: no png, jpg or webp image in it")
+    return files
+
+
+def open_picture(file):
+    """A file -> RGB picture; UserError that names it when it cannot be read."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except Exception as error:
+        raise UserError(f"{file}: unreadable image ({type(error).__name__})") from None
+
+
+CROPS = {  # random-resized-crops of large pictures: relative area, aspect ratio, probability (else centre crop)
+    "rrc": ((0.08, 1), (3 / 4, 4 / 3), 1.0), "mild": ((0.9, 1), (0.95, 1.05), 0.5), "medium": ((0.8, 1), (0.9, 1.1), 0.5)}
+
+
+def picture_tensor(picture, side, crop="none", seed=0, mask=False):
+    """A PIL picture -> uint8 [3, side, side]: resized and centre-cropped, or cropped as CROPS names it, and flipped.
+
+    The random crop depends on `seed` alone. A mask (trimap) is resized to the nearest pixel -> uint8 [side, side].
+    """
+    mode = InterpolationMode.NEAREST if mask else InterpolationMode.BILINEAR
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scale, ratio, probability = CROPS.get(crop, (None, None, 0))
+        if torch.rand(()) < probability:
+            box = RandomResizedCrop.get_params(picture, scale, ratio)
+            picture = T.resized_crop(picture, *box, (side, side), mode)
+        else:
+            picture = T.center_crop(T.resize(picture, side, mode), side)
+        picture = T.hflip(picture) if crop != "none" and torch.rand(()) < 0.5 else picture
+    pixels = T.pil_to_tensor(picture)
+    return pixels[0] if mask else pixels
+
+
+class Pictures(torch.utils.data.Dataset):
+    """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed)."""
+
+    def __init__(self, source, side, name, labels=None, masks=False):
+        self.source, self.side, self.name, self.labels, self.masks = source, side, name, labels, masks
+        self.shape = (3, side, side)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        """-> uint8 [3, side, side], or with masks (image, trimap uint8 [side, side])."""
+        i, *crop = key if isinstance(key, tuple) else (key,)
+        item = self.source[i]
+        picture, extra = (open_picture(item), None) if isinstance(item, Path) else item
+        x = picture_tensor(picture.convert("RGB"), self.side, *crop)
+        return (x, picture_tensor(extra, self.side, *crop, mask=True)) if self.masks else x
+
+    def take(self, index):
+        """Centre crops of these indices as float32 [B, 3, side, side] in [0, 1]."""
+        index = range(*index.indices(len(self))) if isinstance(index, slice) else index
+        return torch.stack([self[int(i)] for i in index]).float() / 255
+
+    def to(self, device):
+        return self  # pictures stay in their files; a batch moves to the device when it is used
+
+
+def torchvision_pictures(name, split, data_dir, side):
+    """flowers102, or pets with its trimaps as masks, through torchvision."""
+    options = {"split": split} if name == "flowers102" else {
+        "split": "trainval" if split == "train" else "test", "target_types": "segmentation"}
+    try:
+        source = getattr(torchvision.datasets, TORCHVISION[name])(str(data_dir), download=True, **options)
+    except Exception as error:
+        raise UserError(f"{name}: not below {data_dir}, and the download failed ({type(error).__name__}); put "
+                        f"torchvision's {TORCHVISION[name]} folder there, or mend the network") from None
+    return Pictures(source, side, name, masks=name == "pets")
+
+
+def crop_flip(x, seed, pad=4, flip=True):
+    """Random crop after zero padding, and horizontal flip, per image, of a float batch [B, C, H, W] by tensor functions."""
+    g = torch.Generator().manual_seed(seed)
+    b, _, h, w = x.shape
+    dy, dx = (torch.randint(0, 2 * pad + 1, (2, b), generator=g)).to(x.device)
+    mirror = (torch.rand(b, generator=g) < 0.5).to(x.device) & flip
+    rows = dy[:, None] + torch.arange(h, device=x.device)  # [B, H]
+    cols = torch.arange(w, device=x.device)
+    cols = dx[:, None] + torch.where(mirror[:, None], w - 1 - cols, cols)  # [B, W]
+    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    i = torch.arange(b, device=x.device)[:, None, None]
+    return padded[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
+    """Endless shuffled batches: yields float32 [size, C, H, W] in [0, 1] and the indices [size].
+
+    Batch t depends on (seed, t) alone, so a run resumed at `start` sees the very images it would have seen.
+    augment: "none"; "crop" (pad 4, random crop, flip) of Images; "rrc", "mild" or "medium" (CROPS, flip) of Pictures.
+    """
+    n = len(images)
+    if augment not in ("none", *(("crop",) if isinstance(images, Images) else CROPS)):
+        raise UserError(f"no augmentation '{augment}' for {images.name}")
+
+    def index(t):
+        place = torch.arange(t * size, (t + 1) * size)
+        return torch.stack([shuffled(n, seed + 7919 * int(p // n))[p % n] for p in place])
+
+    if isinstance(images, Images):
+        for t in itertools.count(start):
+            i = index(t)
+            x = images.take(i.to(images.x.device)).to(device)
+            yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), i
+    keys = ([(int(i), augment, seed + 31 * t + 7 * j) for j, i in enumerate(index(t))] for t in itertools.count(start))
+    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers)
+    for t, x in zip(itertools.count(start), loader):
+        yield x.to(device).float() / 255, index(t)
+
+
+# --- 2. networks ---------------------------------------------------------------------------------------------------
+
+def init_xavier(net):
+    """Glorot-uniform weights and zero biases: what the originals' frameworks do where PyTorch's default is smaller."""
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    return net
+
+
+class MnistCNN(nn.Module):
+    """The MNIST network of dissertation 3.2: 3,265,409 parameters with one output. [B, 1, 28, 28] -> [B, outputs]."""
+
+    def __init__(self, outputs=1, channels=1, side=28):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * (side // 4) ** 2, 1024), nn.ReLU())
+        self.head = nn.Linear(1024, outputs)
+        init_xavier(self)
+
+    def features(self, x):
+        return self.body(x)  # [B, 1024]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class PlainCNN(nn.Module):
+    """Six convolutions, leaky ReLU, no normalisation; for 28 and 32 pixels. [B, C, side, side] -> [B, outputs]."""
+
+    def __init__(self, width=32, outputs=1, channels=1, side=28):
+        super().__init__()
+        w = width
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, w, 3, 1, 1), nn.LeakyReLU(0.2),          # side
+            nn.Conv2d(w, 2 * w, 4, 2, 1), nn.LeakyReLU(0.2),             # side / 2
+            nn.Conv2d(2 * w, 2 * w, 3, 1, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.2),         # side / 4
+            nn.Conv2d(4 * w, 4 * w, 3, 1, 1), nn.LeakyReLU(0.2))
+        self.head = nn.Conv2d(4 * w, outputs, side // 4)                 # 1
+
+    def forward(self, x):
+        return self.head(self.body(2 * x - 1)).flatten(1)
+
+
+class Block(nn.Module):
+    """Residual block of the CIFAR ResNets: two 3x3 convolutions, or 1x1, 3x3, 1x1 (bottleneck, four times wider out)."""
+
+    def __init__(self, c_in, width, stride, bottleneck):
+        super().__init__()
+        c_out = 4 * width if bottleneck else width
+        shape = [(c_in, width, 1, 1), (width, width, 3, stride), (width, c_out, 1, 1)] if bottleneck else \
+                [(c_in, width, 3, stride), (width, c_out, 3, 1)]
+        layers = [nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o)) for i, o, k, s in shape]
+        self.main = nn.Sequential(*itertools.chain(*[(m, nn.ReLU()) for m in layers]))[:-1]  # last ReLU after the sum
+        self.shortcut = nn.Identity() if (c_in, stride) == (c_out, 1) else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        return F.relu(self.main(x) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet-18 or -50 for small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2. [B, C, H, W] -> [B, outputs].
+
+    width multiplies 64/128/256/512: 18 at 0.5 has 2,795,297 parameters, 50 has 23,502,401 (one output, 3 channels).
+    Inputs are normalised inside, by MadryLab's CIFAR constants for three channels, by .5 / .5 for one.
+    """
+
+    def __init__(self, depth=18, width=1.0, outputs=1, channels=3):
+        super().__init__()
+        bottleneck, counts = {18: (False, (2, 2, 2, 2)), 50: (True, (3, 4, 6, 3))}[depth]
+        mean, std = ((.4914, .4822, .4465), (.2023, .1994, .2010)) if channels == 3 else ((.5,), (.5,))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        c = round(64 * width)
+        layers = [nn.Conv2d(channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        for stage, count in enumerate(counts):
+            w = round(64 * 2 ** stage * width)
+            for i in range(count):
+                layers.append(Block(c, w, 2 if stage and not i else 1, bottleneck))
+                c = 4 * w if bottleneck else w
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(c, outputs)
+
+    def features(self, x):
+        return self.body((x - self.mean) / self.std).mean((2, 3))  # [B, 512 width] or [B, 2048]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class ResBlk(nn.Module):
+    """Pre-activation residual block without normalisation that halves the side; the sum is divided by sqrt 2."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_in, 3, 1, 1), nn.Conv2d(c_in, c_out, 3, 1, 1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x):
+        y = self.conv2(F.leaky_relu(F.avg_pool2d(self.conv1(F.leaky_relu(x, 0.2)), 2), 0.2))
+        return (y + F.avg_pool2d(self.skip(x), 2)) / math.sqrt(2)
+
+
+class ResBlockD(nn.Module):
+    """The D of dissertation Tab. 2.2 (stem 3x3, as in its code): 20,851,777 parameters at 256. [B, 3, S, S] -> [B, outputs].
+
+    Rule for other powers of two: stem width 2^14 / side, doubling to at most 512, log2(side) - 2 blocks down to 4x4.
+    """
+
+    def __init__(self, side=256, outputs=1, channels=3):
+        super().__init__()
+        if side < 8 or side & (side - 1):
+            raise UserError(f"the residual D takes sides that are powers of two from 8 on, not {side}")
+        self.register_buffer("mean", torch.tensor((.485, .456, .406)[:channels]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((.229, .224, .225)[:channels]).view(1, -1, 1, 1), persistent=False)
+        c = min(2 ** 14 // side, 512)
+        layers = [nn.Conv2d(channels, c, 3, 1, 1)]
+        for _ in range(int(math.log2(side)) - 2):
+            layers.append(ResBlk(c, min(2 * c, 512)))
+            c = min(2 * c, 512)
+        self.body = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2), nn.Flatten())
+        self.head = nn.Linear(c, outputs)
+
+    def features(self, x):
+        return self.body((x - self.mean) / self.std)  # [B, 512]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class InceptionFeatures(nn.Module):
+    """torchvision's Inception-V3 for Frechet distances: [B, 3 or 1, H, W] in [0, 1] -> 2048 features; forward: 1000 logits.
+
+    These are torchvision's weights, not the TensorFlow ones of the FID literature; numbers differ by some tenths.
+    """
+    FILE = "inception_v3_google-0cc3c7bd.pth"
+
+    def __init__(self, file=None):
+        super().__init__()
+        self.net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
+        if file is not None:
+            try:
+                self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            except Exception as error:
+                raise UserError(f"{file}: not torchvision's Inception-V3 weights ({type(error).__name__})") from None
+        self.head, self.net.fc = self.net.fc, nn.Identity()
+        self.eval()
+
+    @classmethod
+    def at_hand(cls, data_dir):
+        """The weight file in data_dir or in torch's hub folder, or None."""
+        places = [Path(data_dir) / cls.FILE, Path(torch.hub.get_dir()) / "checkpoints" / cls.FILE]
+        return next((p for p in places if p.exists()), None)
+
+    def features(self, x):
+        x = x.expand(-1, 3, -1, -1)
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False, antialias=True)
+        return self.net(2 * x - 1)  # [B, 2048]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def make_net(name, outputs, shape, width=1.0):
+    """A network by name for images of shape (C, H, W): plain, mnist_cnn, resnet18, resnet50 or resblock_d."""
+    c, side, _ = shape
+    made = {"plain": lambda: PlainCNN(round(32 * width), outputs, c, side),
+            "mnist_cnn": lambda: MnistCNN(outputs, c, side),
+            "resnet18": lambda: ResNet(18, width, outputs, c), "resnet50": lambda: ResNet(50, width, outputs, c),
+            "resblock_d": lambda: ResBlockD(side, outputs, c)}
+    if name not in made:
+        raise UserError(f"unknown network '{name}'; known: {', '.join(made)}")
+    return made[name]()
+
+
+@torch.enable_grad()  # also when the first use of the features stands inside no_grad
+def train_classifier(run, data, classes, net, width, iterations):
+    """The data set's own classifier, whose features stand in for Inception's: Adam, one cycle to 1e-3, batch 128.
+
+    Goes on from its checkpoint; returned in eval mode. data: Images.
+    """
+    torch.manual_seed(run.args.seed)
+    model = make_net(net, classes, data.shape, width).to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(iterations, 4))
+    made_with = {"net": net, "width": width, "iterations": iterations, "seed": run.args.seed}
+    file, every = run.folder / "classifier.pt", max(iterations // 5, 1)
+    state = load_checkpoint(file, made_with, run.device) or {"it": 0, "rows": []}
+    if state["it"]:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    if state["it"] < iterations:
+        print(f"training the classifier behind FD-cls: {net}, {iterations} updates", flush=True)
+        log = Log(run.folder / "log-classifier.csv", iterations, state["rows"])
+        stream = batches(data, 128, run.args.seed + 2, state["it"], "crop" if data.shape[0] == 3 else "none", run.device)
+    for it in range(state["it"] + 1, iterations + 1):
+        x, i = next(stream)
+        y = data.y[i.to(data.y.device)].to(run.device)
+        model.train()
+        with fast_precision(run.device):
+            logits = model(x).float()
+        loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if it % every == 0 or it == iterations:
+            log.add(it, loss=loss.item(), accuracy=(logits.argmax(1) == y).float().mean().item())
+            save_checkpoint(file, made_with, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                            schedule=schedule.state_dict(), it=it, rows=log.rows)
+    return model.eval()
+
+
+def fast_precision(device):
+    """bfloat16 autocast where the processor has matrix units for it (a GPU, AMX, AVX512-BF16), else a no-op context."""
+    kind = torch.device(device).type
+    has = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and any(
+        getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.autocast(kind, dtype=torch.bfloat16) if has else contextlib.nullcontext()
+
+
+# --- 3. checkpoints ------------------------------------------------------------------------------------------------
+
+def write_text(file, text):
+    """Write a small file whole or not at all: to a temporary name, then renamed."""
+    scratch = Path(f"{file}.tmp")
+    scratch.write_text(text)
+    os.replace(scratch, file)
+
+
+def save_checkpoint(file, made_with, **state):
+    """Save tensors and plain numbers with the settings they were made with and the generators' states; atomic."""
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    scratch = Path(f"{file}.tmp")
+    torch.save({**state, "made_with": made_with, "rng": rng}, scratch)
+    os.replace(scratch, file)
+
+
+def load_checkpoint(file, made_with, device="cpu"):
+    """The dict that save_checkpoint wrote, or None without a file; restores the generators' states.
+
+    UserError when the file is unreadable, or was made with other settings than `made_with` (it says which).
+    """
+    if not Path(file).exists():
+        return None
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        then, rng = state["made_with"], state["rng"]
+    except Exception as error:
+        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}); --fresh starts over") from None
+    other = [f"{k} {then.get(k)} (now {made_with.get(k)})" for k in {**then, **made_with}
+             if then.get(k) != made_with.get(k)]
+    if other:
+        raise UserError(f"{file} was made with {', '.join(other)}: use the same settings, --fresh, or another --out")
+    torch.set_rng_state(rng["cpu"].cpu())
+    if rng["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]])
+    return state
+
+
+# --- 4. command line -----------------------------------------------------------------------------------------------
+
+def number(text):
+    """A non-negative number that may be a fraction: '8/255' -> 0.0314, 'inf' allowed."""
+    try:
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction such as 8/255") from None
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' must be at least 0")
+    return value
+
+
+def whole(text):
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage before it; one line is what a reader wants
+        raise UserError(message)
+
+
+@dataclasses.dataclass
+class Experiment:
+    """One table or figure of the source: its function, what it shows, its cost, and the numbers published for it."""
+    function: object
+    shows: str
+    cost: str = ""
+    headline: bool = False
+    published: dict = dataclasses.field(default_factory=dict)
+
+
+def parse_args(doc, settings, experiments, argv=None):
+    """Flags of a script: the common ones, and one for each field of its Settings. Returns args with .settings filled."""
+    sets = list(settings)
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--dataset", "--data", default=sets[0], metavar="NAME", help=f"{', '.join(sets)} (default: {sets[0]})")
+    p.add_argument("--budget", default="quick", help="smoke (seconds, learns nothing), quick (default), paper (the source's settings)")
+    p.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="run these experiments instead of the headline ones")
+    p.add_argument("--list", action="store_true", help="list the experiments with costs and published numbers")
+    p.add_argument("--images", type=whole, metavar="N", help="number of images to evaluate on")
+    p.add_argument("--data-dir", type=Path, default=Path("data"), help="where NAME.npz and image folders lie (default: data)")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (default: runs)")
+    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    p.add_argument("--fresh", action="store_true", help="start over: drop this run's checkpoints, log and results")
+    fields = dataclasses.fields(next(iter(next(iter(settings.values())).values())))
+    for f in fields:
+        if f.name == "images":
+            continue
+        kind = {"int": whole, "float": number, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
+        p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE", help=f.metadata.get("help"))
+    args = p.parse_args(argv)
+    if args.dataset not in settings:
+        raise UserError(f"unknown --dataset '{args.dataset}'; known: {', '.join(sets)}")
+    if args.budget not in settings[args.dataset]:
+        raise UserError(f"unknown --budget '{args.budget}'; known for {args.dataset}: {', '.join(settings[args.dataset])}")
+    for name in args.only or []:
+        if name not in experiments:
+            raise UserError(f"unknown experiment '{name}'; known: {', '.join(experiments)}")
+    changes = {f.name: getattr(args, f.name) for f in fields if getattr(args, f.name) is not None}
+    args.settings = dataclasses.replace(settings[args.dataset][args.budget], **changes)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception:
+        raise UserError(f"--device {args.device}: not available here; try --device cpu") from None
+    if args.list:
+        print_list(experiments)
+        raise SystemExit(0)
+    args.only = args.only or [name for name, e in experiments.items() if e.headline]
+    return args
+
+
+def print_list(experiments):
+    """--list: one line an experiment, headline ones marked, published numbers below."""
+    for name, e in experiments.items():
+        print(f"{'*' if e.headline else ' '} {name:12} {e.shows}" + (f" [{e.cost}]" if e.cost else ""))
+        if e.published:
+            print(" " * 15 + "published: " + ", ".join(f"{k} {v}" for k, v in e.published.items()))
+    print("* runs without --only")
+
+
+def call(main):
+    """Run a script's main: a UserError is one line on stderr and exit code 2, a Diverged one line and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(complain(error, 2))
+    except Diverged as error:
+        sys.exit(complain(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(complain("interrupted; the same command goes on from the last checkpoint", 130))
+
+
+def complain(error, code):
+    print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
+    return code
+
+
+def picture_grid(axis, x, columns, title):
+    """Draw images float [N, C, H, W] in [0, 1] as a grid on a matplotlib axis."""
+    axis.imshow(make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5).permute(1, 2, 0), interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+
+def hardware(device):
+    """The processor's name, for the record."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        model = next(r for r in Path("/proc/cpuinfo").read_text().splitlines() if r.startswith("model name"))
+        return f"{model.split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+class Run:
+    """One run's folder OUT/SCRIPT-DATASET: config.json, log*.csv, checkpoints, pictures, results.json."""
+
+    def __init__(self, script, args):
+        self.script, self.args, self.settings, self.device = script, args, args.settings, torch.device(args.device)
+        self.folder = args.out / f"{script}-{args.dataset}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot make {self.folder} ({error.strerror})") from None
+        if args.fresh:
+            for file in itertools.chain(*[self.folder.glob(p) for p in ("*.pt", "*.csv", "*.json", "*.png", "*.tmp")]):
+                file.unlink()
+        self.command = shlex.join(["python", f"{script}.py", *getattr(args, "argv", sys.argv[1:])])
+        self.about = {"command": self.command, "hardware": hardware(args.device), "torch": torch.__version__,
+                      "budget": args.budget, "seed": args.seed, "dataset": args.dataset}
+        config = {**self.about, "torchvision": torchvision.__version__, "numpy": np.__version__,
+                  "matplotlib": matplotlib.__version__, "python": platform.python_version(),
+                  "settings": dataclasses.asdict(args.settings)}
+        write_text(self.folder / "config.json", json.dumps(config, indent=1, default=str) + "\n")
+        torch.manual_seed(args.seed)
+
+    def experiment(self, name, e, *arguments):
+        """Run one experiment, put its numbers into results.json beside the published ones; returns them."""
+        print(f"\n{name}: {e.shows}", flush=True)
+        start = time.time()
+        ours = e.function(*arguments)
+        entry = {"ours": ours, "published": e.published, "shows": e.shows, "seconds": round(time.time() - start, 1), **self.about}
+        file = self.folder / "results.json"
+        try:
+            results = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError:
+            raise UserError(f"{file}: not readable; move it away, or --fresh") from None
+        results[name] = entry
+        write_text(file, json.dumps(results, indent=1, default=float) + "\n")
+        return entry
+
+    def closing_table(self, entries):
+        """Print ours beside published, a line a number."""
+        print(f"\n{'experiment':12} {'quantity':52} {'ours':>12} {'published':>12}")
+        for name, entry in entries.items():
+            for key, value in entry["ours"].items():
+                if isinstance(value, (int, float)) or isinstance(value, str) and key != "sentence":
+                    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+                    print(f"{name:12} {key:52} {text:>12} {str(entry['published'].get(key, '')):>12}")
+            for key, value in entry["published"].items():
+                if key not in entry["ours"]:
+                    print(f"{name:12} {key:52} {'':>12} {value!s:>12}")
+        print(f"\npictures, log and results.json: {self.folder}{os.sep}")
+
+
+class Log:
+    """Rows of a training run: one aligned line on the screen, one in a .csv file; kept in the checkpoint."""
+
+    def __init__(self, file, total, rows=()):
+        self.file, self.total, self.rows, self.start = Path(file), total, list(rows), time.time()
+        self.first = None
+        self.before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.write()
+
+    def write(self):
+        """Rewrite the file from the rows: after a resume it holds what the checkpoint knows, no more."""
+        with open(self.file, "w", newline="") as f:
+            writer = csv.DictWriter(f, fieldnames=list(self.rows[0]) if self.rows else ["it"])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def add(self, it, share=None, **numbers):
+        """it counts from 1; share is the part of all the work that is done (default it / total); numbers become columns."""
+        spent, share = time.time() - self.start, share or it / self.total
+        self.first = self.first or (spent, share)  # a resumed run's speed is measured from its first row on
+        left = (spent - self.first[0]) / max(share - self.first[1], 1e-9) * (1 - share) if share > self.first[1] else math.nan
+        row = {"it": it, **{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()},
+               "seconds": round(self.before + spent, 1)}
+        self.rows.append(row)
+        if len(self.rows) == 1:
+            self.write()
+        else:
+            with open(self.file, "a", newline="") as f:
+                csv.DictWriter(f, fieldnames=list(self.rows[0])).writerow(row)
+        shown = "  ".join(f"{k} {v:8.4g}" for k, v in row.items() if k not in ("it", "seconds"))
+        print(f"{it:6d}/{self.total}  {shown}  {row['seconds']:6.0f} s, {left:5.0f} s left", flush=True)
