@@ -89,6 +89,12 @@ class Settings:
     save_every: int = 130
     workers: int = 2             # processes that read large pictures
 
+    def __post_init__(self):
+        common.at_least_one(self, "side", "batch", "iters_per_k", "images", "reference", "sample_steps", "cls_iters",
+                            "log_every", "save_every")
+        if self.k_min > self.k_max:
+            raise UserError(f"--k-min {self.k_min} is above --k-max {self.k_max}")
+
 
 SMOKE = dict(k_max=2, iters_per_k=2, batch=4, images=24, reference=64, cls_iters=3, log_every=2, fd_every=4, save_every=2,
              sample_steps=2, workers=0)
@@ -296,7 +302,10 @@ class Lab:
         self.inception = self.data.shape[0] == 3 and common.InceptionFeatures.at_hand(args.data_dir)
         self.features = bool(self.inception or self.classes)  # unlabelled pictures without Inception: no distance
         self.fd, self.inc = ("FID", "IS") if self.inception else ("FD-cls", "IS-cls")
-        self.seeds(self.s.images)  # too few images of p0 are a user's error: say so before any work
+        self.seeds(self.s.images)  # whatever can be wrong with the settings is said before any work
+        common.make_net(self.s.net, 1, self.data.shape, self.s.width)
+        batches(self.data, self.s.batch, 0, augment=self.s.augment)
+        batches(self.p0, self.s.batch, 0, augment=self.s.augment_p0)
         self.run = Run("at_gen", args)
 
     def load(self, name, split):

@@ -195,6 +195,11 @@ def read_npz(file, split, classes):
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
 
 
+def first_line(error):
+    """An exception in few words."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}" if str(error).strip() else type(error).__name__
+
+
 def download(name, split, data_dir):
     """Read a small set with torchvision, downloading it where needed -> uint8 [N, C, H, W], int64 [N]."""
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
@@ -203,7 +208,7 @@ def download(name, split, data_dir):
     try:
         made = getattr(torchvision.datasets, kind)(str(data_dir), download=True, **which)
     except Exception as error:
-        raise UserError(f"{name}: no {data_dir / name}.npz, and the download failed ({type(error).__name__}); put an "
+        raise UserError(f"{name}: no {data_dir / name}.npz, and the download failed ({first_line(error)}); put an "
                         f".npz with x_train, y_train, x_test, y_test there (x uint8 (N, H, W[, 3])), or mend the network") from None
     x = torch.as_tensor(np.asarray(made.data))
     y = torch.as_tensor(np.asarray(made.labels if name == "svhn" else made.targets)).long()
@@ -351,7 +356,7 @@ def torchvision_pictures(name, split, data_dir, side):
     try:
         source = getattr(torchvision.datasets, TORCHVISION[name])(str(data_dir), download=True, **options)
     except Exception as error:
-        raise UserError(f"{name}: not below {data_dir}, and the download failed ({type(error).__name__}); put "
+        raise UserError(f"{name}: not below {data_dir}, and the download failed ({first_line(error)}); put "
                         f"torchvision's {TORCHVISION[name]} folder there, or mend the network") from None
     return Pictures(source, side, name, masks=name == "pets")
 
@@ -376,14 +381,18 @@ def shuffled(n, seed):
 
 
 def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
-    """Endless shuffled batches: yields float32 [size, C, H, W] in [0, 1] and the indices [size].
+    """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
 
     Batch t depends on (seed, t) alone, so a run resumed at `start` sees the very images it would have seen.
     augment: "none"; "crop" (pad 4, random crop, flip) of Images; "rrc", "mild" or "medium" (CROPS, flip) of Pictures.
     """
-    n = len(images)
     if augment not in ("none", *(("crop",) if isinstance(images, Images) else CROPS)):
         raise UserError(f"no augmentation '{augment}' for {images.name}")
+    return draw_batches(images, size, seed, start, augment, device, workers)
+
+
+def draw_batches(images, size, seed, start, augment, device, workers):
+    n = len(images)
 
     def index(t):
         place = torch.arange(t * size, (t + 1) * size)
@@ -394,7 +403,8 @@ def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2
             i = index(t)
             x = images.take(i.to(images.x.device)).to(device)
             yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), i
-    keys = ([(int(i), augment, seed + 31 * t + 7 * j) for j, i in enumerate(index(t))] for t in itertools.count(start))
+    keys = ([(int(i), augment, seed + 31 * t + 7 * j) for j, i in enumerate(index(t))]
+            for t in itertools.count(start))
     loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers)
     for t, x in zip(itertools.count(start), loader):
         yield x.to(device).float() / 255, index(t)
@@ -687,6 +697,13 @@ def whole(text):
     return int(text)
 
 
+def at_least_one(settings, *names):
+    """UserError where one of these settings is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage before it; one line is what a reader wants
         raise UserError(message)
@@ -713,12 +730,12 @@ def parse_args(doc, settings, experiments, argv=None):
     p.add_argument("--images", type=whole, metavar="N", help="number of images to evaluate on")
     p.add_argument("--data-dir", type=Path, default=Path("data"), help="where NAME.npz and image folders lie (default: data)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (default: runs)")
-    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--seed", type=whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     p.add_argument("--fresh", action="store_true", help="start over: drop this run's checkpoints, log and results")
     fields = dataclasses.fields(next(iter(next(iter(settings.values())).values())))
     for f in fields:
-        if f.name == "images":
+        if f.name in ("images", "seed"):  # common to all scripts, above
             continue
         kind = {"int": whole, "float": number, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
         p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE", help=f.metadata.get("help"))

@@ -1,0 +1,56 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """No bfloat16: for tests that compare with a closed form or with another library."""
+    import contextlib
+
+    import at_gen
+    import common
+    for module in (at_gen, common):
+        monkeypatch.setattr(module, "fast_precision", lambda device: contextlib.nullcontext())
+
+
+@pytest.fixture
+def write_npz(tmp_path):
+    """Write a small Keras-style archive into a data folder; returns the folder."""
+    def write(name="cifar10", n=96, side=32, colour=True, **replace):
+        random = np.random.RandomState(0)
+        arrays = {}
+        for split in ("train", "test"):
+            shape = (n, side, side, 3) if colour else (n, side, side)
+            arrays |= {f"x_{split}": random.randint(0, 256, shape, dtype=np.uint8), f"y_{split}": np.arange(n) % 10}
+        arrays |= replace
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f"{name}.npz", **{k: v for k, v in arrays.items() if v is not None})
+        return folder
+    return write
+
+
+@pytest.fixture
+def outcome(capsys):
+    """Run a script's main as `python SCRIPT.py` would; returns (exit code, stderr)."""
+    def run(script, *argv):
+        import common
+        try:
+            common.call(lambda: script.main([str(a) for a in argv]))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+    return run

@@ -1,0 +1,384 @@
+"""common.py: data, networks, checkpoints, command line."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import UserError, batches, load_checkpoint, load_images, save_checkpoint
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def digest(images):
+    return hashlib.sha256(images.x.numpy().tobytes() + images.y.numpy().tobytes()).hexdigest()
+
+
+# --- glyphs ---
+
+
+def test_glyph_sets_have_the_promised_sizes_and_classes():
+    for name, classes in (("glyphs", 10), ("letters", 48), ("symbols", 24)):
+        train, test = load_images(name, "train"), load_images(name, "test")
+        assert train.x.shape == (10_000, 1, 28, 28) and test.x.shape == (2_000, 1, 28, 28)
+        assert train.x.dtype == torch.uint8
+        assert len(train.y.unique()) == classes == common.IN_MEMORY[name][2]
+        assert digest(train)[:8] != digest(test)[:8]
+
+
+def test_glyphs_show_ink():
+    """No blank image, no solid block, nothing cut off at the frame."""
+    for name in ("glyphs", "letters", "symbols"):
+        x = load_images(name, "test").take(slice(None))
+        ink = common.ink_mask(x).flatten(1).float().mean(1)
+        assert ink.min() > 0.01 and ink.max() < 0.6
+        frame = torch.cat([x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]], -1)
+        assert frame.mean() < 0.02 and x.amax((1, 2, 3)).min() > 0.4
+
+
+def test_letters_hold_no_digit_in_disguise():
+    assert not set("IOlo") & set(common.LETTERS) and len(set(common.LETTERS)) == 48
+
+
+def test_glyphs_do_not_depend_on_threads_or_process():
+    here = digest(load_images("glyphs", "test"))
+    code = ("import torch, hashlib; torch.set_num_threads(1); import common; d = common.load_images('glyphs', 'test');"
+            "print(hashlib.sha256(d.x.numpy().tobytes() + d.y.numpy().tobytes()).hexdigest())")
+    root = Path(common.__file__).parent
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True).stdout
+    assert there.strip() == here
+
+
+def test_a_font_without_the_character_is_not_used():
+    assert common.glyph_template("DejaVuSans", "8") is not None
+    assert common.glyph_template("STIXNonUni", "8") is None      # no digits in this file: would be an empty box
+    assert common.glyph_template("NoSuchFont", "8") is None
+    assert common.glyph_template("DejaVuSans", "\u2003") is None  # in the font, but blank
+    with pytest.raises(UserError, match="no font"):
+        common.render_glyphs("8\u2003", ("DejaVuSans",), 4, 0)
+
+
+def test_templates_of_different_characters_differ():
+    drawn = [common.glyph_template("DejaVuSans", c) for c in common.DIGITS + common.LETTERS + common.SYMBOLS]
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            assert np.abs(a - b).mean() > 1e-4
+
+
+# --- archives ---
+
+
+def test_npz_first_and_channel_size_conversions(write_npz):
+    folder = write_npz("cifar10")
+    train = load_images("cifar10", "train", folder)
+    with np.load(folder / "cifar10.npz") as archive:
+        assert np.array_equal(train.x.permute(0, 2, 3, 1).numpy(), archive["x_train"])
+    grey = load_images("cifar10", "test", folder, channels=1)
+    assert grey.shape == (1, 32, 32)
+    colour = load_images("glyphs", "test", folder, channels=3, side=32)
+    assert colour.shape == (3, 32, 32) and torch.equal(colour.x[:, 0], colour.x[:, 2])
+    x = train.take([0, 1])
+    assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+
+
+def test_shrinking_by_two_averages_areas(write_npz):
+    folder = write_npz("tinyimagenet", n=8, side=64)
+    big, small = load_images("tinyimagenet", "train", folder), load_images("tinyimagenet", "train", folder, side=32)
+    mean = big.x.float().view(8, 3, 32, 2, 32, 2).mean((3, 5))
+    assert (small.x.float() - mean).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("replace, says", [
+    ({"y_test": None}, "no test split"),
+    ({"x_test": None}, "no test split"),
+    ({"x_test": np.zeros((96, 32, 32, 3), dtype=np.float32)}, "expected uint8"),
+    ({"x_test": np.zeros((96, 3, 32, 32), dtype=np.uint8)}, "expected uint8"),
+    ({"x_test": np.zeros((96, 28, 28, 3), dtype=np.uint8)}, "expected (3, 32, 32)"),
+    ({"y_test": np.full(96, 10)}, "from 10 to 10; expected 0 to 9"),
+    ({"y_test": np.full(96, -1)}, "expected 0 to 9"),
+    ({"y_test": np.zeros(95, dtype=int)}, "expected 96 integers"),
+    ({"y_test": np.zeros(96)}, "expected 96 integers"),
+    ({"x_test": np.zeros((0, 32, 32, 3), dtype=np.uint8), "y_test": np.zeros(0, dtype=int)}, "empty"),
+])
+def test_bad_archives_are_named(write_npz, replace, says):
+    folder = write_npz("cifar10", **replace)
+    with pytest.raises(UserError) as caught:
+        load_images("cifar10", "test", folder)
+    assert says in str(caught.value) and "cifar10.npz" in str(caught.value) and "\n" not in str(caught.value)
+    if "x_train" not in replace:
+        assert len(load_images("cifar10", "train", folder)) == 96  # the other split is still good
+
+
+def test_truncated_and_foreign_files(write_npz):
+    folder = write_npz("cifar10")
+    file = folder / "cifar10.npz"
+    whole = file.read_bytes()
+    for content in (whole[:len(whole) // 2], b"not an archive", b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="not a readable .npz"):
+            load_images("cifar10", "train", folder)
+
+
+def test_missing_file_and_no_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+    for kind in ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN", "Flowers102", "OxfordIIITPet"):
+        monkeypatch.setattr(common.torchvision.datasets, kind, refuse)
+    for name in ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"):
+        with pytest.raises(UserError, match=f"{name}.npz"):
+            load_images(name, "train", tmp_path)
+    for name in ("flowers102", "pets"):
+        with pytest.raises(UserError, match="folder there"):
+            load_images(name, "train", tmp_path)
+    with pytest.raises(UserError, match="tiny-imagenet-200"):
+        load_images("tinyimagenet", "train", tmp_path)
+
+
+@pytest.mark.parametrize("name, made", [
+    ("mnist", types.SimpleNamespace(data=torch.zeros(5, 28, 28, dtype=torch.uint8), targets=torch.arange(5))),
+    ("cifar10", types.SimpleNamespace(data=np.zeros((5, 32, 32, 3), np.uint8), targets=[0, 1, 2, 3, 4])),
+    ("svhn", types.SimpleNamespace(data=np.zeros((5, 3, 32, 32), np.uint8), labels=np.arange(5))),
+])
+def test_torchvision_sets_come_out_alike(tmp_path, monkeypatch, name, made):
+    kind = {"mnist": "MNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}[name]
+    monkeypatch.setattr(common.torchvision.datasets, kind, lambda *a, **k: made)
+    images = load_images(name, "train", tmp_path)
+    assert images.shape == common.IN_MEMORY[name][:1] + common.IN_MEMORY[name][1:2] * 2
+    assert images.y.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_unknown_set_lists_the_known():
+    with pytest.raises(UserError, match="known: glyphs.*cifar10.*imagenet.*pets"):
+        load_images("nist")
+
+
+def test_tiny_imagenet_folder(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    for w in ("n01", "n02"):
+        (root / "train" / w / "images").mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(root / "train" / w / "images" / f"{w}_{i}.JPEG")
+    (root / "val" / "images").mkdir(parents=True)
+    Image.new("L", (64, 64), 7).save(root / "val" / "images" / "val_0.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\n")
+    train, test = (load_images("tinyimagenet", s, tmp_path, side=32) for s in ("train", "test"))
+    assert train.x.shape == (6, 3, 32, 32) and train.y.tolist() == [0, 0, 0, 1, 1, 1] and test.y.tolist() == [1]
+
+
+# --- folders of pictures ---
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    random = np.random.RandomState(3)
+    for i, suffix in enumerate(("png", "jpg", "webp", "PNG", "jpeg")):
+        file = tmp_path / "celebahq" / "a" * (i % 2) / f"{i}.{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.randint(0, 256, (50, 40 + 8 * i, 3), dtype=np.uint8)).save(file)
+    return tmp_path
+
+
+def test_folder_of_pictures(pictures):
+    data = load_images("celebahq", "train", pictures, side=32)
+    assert len(data) == 5 and data.shape == (3, 32, 32)
+    x = data.take(slice(0, 3))
+    assert x.shape == (3, 3, 32, 32) and x.dtype == torch.float32 and x.max() <= 1 and x.std() > 0.1
+
+
+def test_batches_of_pictures_depend_on_seed_and_step_alone(pictures):
+    data = load_images("celebahq", "train", pictures, side=16)
+    for augment in ("none", "rrc", "mild"):
+        whole = [x for x, _ in zip(iter_x(batches(data, 3, 7, augment=augment, workers=0)), range(4))]
+        later = next(iter_x(batches(data, 3, 7, start=3, augment=augment, workers=0)))
+        apart = next(iter_x(batches(data, 3, 7, start=3, augment=augment, workers=1)))
+        assert torch.equal(whole[3], later) and torch.equal(later, apart)
+    assert not torch.equal(next(iter_x(batches(data, 5, 7, augment="rrc", workers=0))),
+                           next(iter_x(batches(data, 5, 8, augment="rrc", workers=0))))
+
+
+def iter_x(stream):
+    return (x for x, _ in stream)
+
+
+def test_folder_errors(tmp_path, pictures):
+    with pytest.raises(UserError, match="no such folder"):
+        load_images("afhq_cat", "train", tmp_path)
+    (tmp_path / "afhq_cat").mkdir()
+    with pytest.raises(UserError, match="no png, jpg or webp"):
+        load_images("afhq_cat", "train", tmp_path)
+    (pictures / "celebahq" / "0.png").write_bytes(b"torn")
+    with pytest.raises(UserError, match="0.png: unreadable image"):
+        load_images("celebahq", "train", pictures).take(slice(None))
+
+
+def test_pets_with_trimaps(tmp_path):
+    root = tmp_path / "oxford-iiit-pet"
+    (root / "images").mkdir(parents=True)
+    (root / "annotations" / "trimaps").mkdir(parents=True)
+    Image.new("RGB", (60, 48), (200, 10, 10)).save(root / "images" / "cat_1.jpg")
+    trimap = np.full((48, 60), 2, np.uint8)
+    trimap[:, :30] = 1
+    Image.fromarray(trimap).save(root / "annotations" / "trimaps" / "cat_1.png")
+    for split in ("trainval", "test"):
+        (root / "annotations" / f"{split}.txt").write_text("cat_1 1 1 1\n")
+    image, mask = load_images("pets", "train", tmp_path, side=32)[0]
+    assert image.shape == (3, 32, 32) and mask.shape == (32, 32) and set(mask.unique().tolist()) == {1, 2}
+
+
+def test_image_and_mask_are_cropped_alike():
+    array = np.zeros((60, 80), np.uint8)
+    array[20:40, 30:60] = 255
+    picture, mask = Image.fromarray(array).convert("RGB"), Image.fromarray(array)
+    for seed in range(5):
+        a = common.picture_tensor(picture, 32, "rrc", seed)[0] > 127
+        b = common.picture_tensor(mask, 32, "rrc", seed, mask=True) > 127
+        assert (a != b).float().mean() < 0.1
+
+
+# --- batches ---
+
+
+def test_batches_visit_every_image_once_an_epoch():
+    data = common.Images(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10), "toy")
+    stream = batches(data, 4, seed=1)
+    seen = torch.cat([next(stream)[1] for _ in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    x, i = next(batches(data, 4, seed=1, start=3))
+    assert torch.equal(i, seen[12:16]) and torch.equal((x * 255).round().flatten().long(), i)
+
+
+def test_crop_flip_against_a_loop():
+    x = torch.rand(40, 2, 6, 6)
+    out = common.crop_flip(x, seed=5, pad=1)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    flipped = 0
+    for image, want in zip(out, padded):
+        windows = [want[:, i:i + 6, j:j + 6] for i in range(3) for j in range(3)]
+        plain = any(torch.equal(image, w) for w in windows)
+        mirrored = any(torch.equal(image, w.flip(2)) for w in windows)
+        assert plain or mirrored
+        flipped += mirrored
+    assert 8 < flipped < 32
+    assert torch.equal(out, common.crop_flip(x, seed=5, pad=1)) and not torch.equal(out, common.crop_flip(x, seed=6, pad=1))
+
+
+# --- networks ---
+
+
+@pytest.mark.parametrize("net, parameters, shape", [
+    (lambda: common.MnistCNN(), 3_265_409, (1, 28, 28)),
+    (lambda: common.MnistCNN(10), 3_274_634, (1, 28, 28)),
+    (lambda: common.ResNet(18, 0.5), 2_795_297, (3, 32, 32)),
+    (lambda: common.ResNet(18, 0.75), 6_284_977, (3, 32, 32)),
+    (lambda: common.ResNet(18), 11_169_345, (3, 32, 32)),
+    (lambda: common.ResNet(50), 23_502_401, (3, 32, 32)),
+    (lambda: common.ResNet(50, outputs=10), 23_520_842, (3, 32, 32)),
+    (lambda: common.ResBlockD(256), 20_851_777, None),
+    (lambda: common.ResBlockD(256, 1000), 21_364_264, None),
+    (lambda: common.ResBlockD(64), None, (3, 64, 64)),
+    (lambda: common.PlainCNN(8), None, (1, 28, 28)),
+    (lambda: common.PlainCNN(8, channels=3, side=32), None, (3, 32, 32)),
+    (lambda: common.ResNet(18, 0.125, channels=1), None, (1, 28, 28)),
+    (lambda: common.MnistCNN(channels=3, side=32), None, (3, 32, 32)),
+])
+def test_parameter_counts_and_shapes(net, parameters, shape):
+    net = net().eval()
+    assert parameters is None or count(net) == parameters
+    if shape:
+        with torch.no_grad():
+            assert net(torch.rand(2, *shape)).shape == (2, net.head.out_features if hasattr(net.head, "out_features") else 1)
+
+
+def test_residual_d_wants_a_power_of_two():
+    with pytest.raises(UserError, match="powers of two"):
+        common.ResBlockD(100)
+
+
+def test_inception_features(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    assert common.InceptionFeatures.at_hand(tmp_path) is None
+    made = common.InceptionFeatures()
+    assert not made.training
+    with torch.no_grad():
+        assert made.features(torch.rand(1, 1, 32, 32)).shape == (1, 2048)
+    (tmp_path / made.FILE).write_bytes(b"torn")
+    assert common.InceptionFeatures.at_hand(tmp_path) == tmp_path / made.FILE
+    with pytest.raises(UserError, match="not torchvision's Inception"):
+        common.InceptionFeatures(tmp_path / made.FILE)
+
+
+# --- checkpoints and numbers ---
+
+
+def test_checkpoint_restores_the_generator_and_refuses_other_settings(tmp_path):
+    file = tmp_path / "a.pt"
+    assert load_checkpoint(file, {}) is None
+    save_checkpoint(file, {"lr": 1.0}, it=3)
+    after = torch.rand(4)
+    assert load_checkpoint(file, {"lr": 1.0})["it"] == 3
+    assert torch.equal(torch.rand(4), after)
+    with pytest.raises(UserError, match=r"lr 1.0 \(now 2.0\)"):
+        load_checkpoint(file, {"lr": 2.0})
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_checkpoint(file, {"lr": 1.0})
+
+
+def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    file = tmp_path / "a.pt"
+    save_checkpoint(file, {}, it=1)
+
+    def torn(state, where):
+        Path(where).write_bytes(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError):
+        save_checkpoint(file, {}, it=2)
+    assert load_checkpoint(file, {})["it"] == 1
+
+
+def test_numbers_parse():
+    assert common.number("8/255") == 8 / 255 and common.number("inf") == float("inf") and common.number("0.5") == 0.5
+    for bad in ("-1", "nan", "x", "1/0", "-1/2"):
+        with pytest.raises(Exception, match="at least 0|not a number"):
+            common.number(bad)
+
+
+def test_bad_input_loses_nothing(tmp_path, outcome):
+    """A run that fails on its input leaves the results of an earlier one as they were, --fresh or not."""
+    import at_gen
+    folder = tmp_path / "runs" / "at_gen-glyphs"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    (folder / "f.pt").write_bytes(b"precious")
+    code, _ = outcome(at_gen, "--fresh", "--p0", "nosuch", "--out", tmp_path / "runs")
+    assert code == 2 and (folder / "f.pt").read_bytes() == b"precious"
+    code, said = outcome(at_gen, "--budget", "smoke", "--out", tmp_path / "runs", "--device", "cpu", "--only", "figure2.7")
+    assert code == 2 and "not a readable checkpoint" in said and (folder / "f.pt").read_bytes() == b"precious"
+
+
+def test_list_names_every_experiment(capsys):
+    import at_gen
+    with pytest.raises(SystemExit) as stop:
+        at_gen.main(["--list"])
+    said = capsys.readouterr().out
+    assert not stop.value.code and all(name in said for name in at_gen.EXPERIMENTS) and "13.21" in said
+
+
+def test_results_of_other_experiments_are_kept(tmp_path, outcome):
+    import toy2d
+    for name in ("figure2.1", "figure2.2"):
+        assert outcome(toy2d, "--budget", "smoke", "--out", tmp_path, "--only", name)[0] == 0
+    assert set(json.loads((tmp_path / "toy2d-gaussian" / "results.json").read_text())) == {"figure2.1", "figure2.2"}
+    assert not [f for f in os.listdir(tmp_path / "toy2d-gaussian") if f.endswith(".tmp")]

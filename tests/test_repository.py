@@ -1,0 +1,101 @@
+"""What holds for the repository as a whole: house style, commands that parse, no drift between scripts."""
+import ast
+import importlib
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
+OWN = {"main", "get_args"}
+
+
+def tree(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def test_same_name_same_source():
+    """Functions that are repeated on purpose do not drift apart."""
+    known = {}
+    for script in SCRIPTS:
+        for node in tree(script).body:
+            if isinstance(node, ast.FunctionDef) and node.name != "main":
+                source = ast.unparse(node)
+                other, where = known.setdefault(node.name, (source, script))
+                assert source == other, f"{node.name} differs between {where}.py and {script}.py"
+
+
+def test_no_script_imports_another():
+    for script in [*SCRIPTS, "common"]:
+        for node in ast.walk(tree(script)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not set(names) & set(SCRIPTS), f"{script}.py imports {names}"
+
+
+def test_only_the_five_packages():
+    allowed = {"torch", "torchvision", "numpy", "matplotlib", "common", "PIL"}  # Pillow comes with torchvision
+    import sys
+    for script in [*SCRIPTS, "common"]:
+        for node in ast.walk(tree(script)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top in allowed or top in sys.stdlib_module_names, f"{script}.py imports {name}"
+
+
+def test_functions_of_scripts_have_docstrings_and_lines_have_measure():
+    for script in [*SCRIPTS, "common"]:
+        text = (ROOT / f"{script}.py").read_text()
+        assert script == "common" or len(text.splitlines()) <= 600
+        assert all(len(line) <= 110 for line in text.splitlines()), script
+        assert text.isascii()
+        for node in tree(script).body:
+            if isinstance(node, ast.FunctionDef) and node.name not in OWN:
+                assert ast.get_docstring(node), f"{script}.py: {node.name}"
+
+
+def commands(text):
+    """Every `python SCRIPT.py ...` of a text, without its trailing explanation."""
+    for line in text.splitlines():
+        for found in re.findall(r"(?:^|[\s`(/])python3? (\w+\.py[^`&|#]*)", line):
+            yield re.split(r"\s{2,}", found.strip())[0]
+
+
+@pytest.mark.parametrize("file", ["README.md", *[f"{s}.py" for s in SCRIPTS]])
+def test_documented_commands_parse(file):
+    text = (ROOT / file).read_text()
+    if file.endswith(".py"):
+        text = ast.get_docstring(ast.parse(text))
+    found = list(commands(text))
+    assert found
+    for command in found:
+        script, *argv = shlex.split(command)
+        if "--list" in argv or Path(script).stem not in SCRIPTS:
+            assert "--list" in argv or (ROOT / script).exists(), command
+            continue
+        importlib.import_module(Path(script).stem).get_args([*argv, "--device", "cpu"])
+
+
+def test_committed_results_have_their_provenance():
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert files
+    for file in files:
+        for name, entry in json.loads(file.read_text()).items():
+            assert {"ours", "published", "seconds", "command", "hardware", "torch", "dataset", "budget"} <= set(entry), (file, name)
+            script, *argv = shlex.split(entry["command"])[1:]
+            args = importlib.import_module(Path(script).stem).get_args([*argv, "--device", "cpu"])
+            assert args.dataset == entry["dataset"] and args.budget == entry["budget"]
+
+
+def test_tracked_files_are_small():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {f: (ROOT / f).stat().st_size for f in listed.stdout.splitlines() if (ROOT / f).exists()}
+    assert max(sizes.values()) <= 300_000 and sum(sizes.values()) <= 5_000_000
