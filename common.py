@@ -1,12 +1,12 @@
 r"""What all nine scripts share: data loaders, network architectures, and the plumbing of a command-line run.
 
-Nothing of any method is in here: objectives, attacks, samplers, training loops and metrics stand in the scripts.
+Nothing of any method is here: objectives, attacks, samplers, training loops and metrics stand in the scripts.
 
-Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; in memory they are kept as uint8.
+Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; in memory they are uint8.
 Networks scale or normalise inside their own forward. Whatever a user can get wrong raises UserError, which a
 script turns into one line on stderr and exit code 2 before any work.
 
-    1. data          load_images("glyphs", "train") -> Images (in memory) or Pictures (files, read by a DataLoader)
+    1. data          load_images("glyphs", "train") -> Images (in memory) or Pictures (files, by a DataLoader)
     2. networks      MnistCNN, PlainCNN, ResNet, ResBlockD, InceptionFeatures
     3. checkpoints   save_checkpoint, load_checkpoint
     4. command line  parse_args, Run (folder, log.csv, results.json, closing table)
@@ -46,19 +46,23 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """A training run whose numbers went out of bounds: says what was seen and which settings to try."""
+    """A training run whose numbers went out of bounds: what was seen, what to try; .rows is its log."""
+
+    def __init__(self, message, rows=()):
+        super().__init__(message)
+        self.rows = rows
 
 
-# --- 1. data ---------------------------------------------------------------------------------------------------
+# --- 1. data ------------------------------------------------------------------------------------------------
 
-IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, else what makes or downloads it
+IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, else made or downloaded
     "glyphs": (1, 28, 10), "letters": (1, 28, 48), "symbols": (1, 28, 24),
     "mnist": (1, 28, 10), "fashion_mnist": (1, 28, 10), "noise": (1, 28, 1),
     "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "svhn": (3, 32, 10), "tinyimagenet": (3, 64, 200),
 }
 FOLDERS = ("celebahq", "afhq_cat", "lsun_church", "imagenet")  # any nesting of png, jpg, webp files
 TORCHVISION = {"flowers102": "Flowers102", "pets": "OxfordIIITPet"}
-P0 = {  # the out-distribution p0 that goes with an in-distribution set (80 Million Tiny Images is withdrawn: unused)
+P0 = {  # the out-distribution p0 for an in-distribution set (80 Million Tiny Images is withdrawn: unused)
     "glyphs": "letters", "mnist": "letters", "fashion_mnist": "letters", "cifar10": "tinyimagenet",
     "cifar100": "tinyimagenet", "svhn": "tinyimagenet", "celebahq": "imagenet", "afhq_cat": "imagenet",
     "lsun_church": "imagenet",
@@ -96,7 +100,7 @@ class Images:
 
 @functools.lru_cache(maxsize=None)
 def glyph_template(font, char):
-    """One character as float64 [64, 64] in [0, 1], its longer side 44 pixels, centred; None where a font lacks it."""
+    """One character: float64 [64, 64] in [0, 1], longer side 44 pixels, centred; None if a font lacks it."""
     from matplotlib.ft2font import FT2Font
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     if not file.exists():
@@ -122,18 +126,19 @@ def glyph_template(font, char):
 
 
 def render_glyphs(chars, fonts, n, seed, side=28):
-    """n random characters -> uint8 [n, 1, side, side] (white ink on black) and labels int64 [n], the index in `chars`.
+    """n random characters -> uint8 [n, 1, side, side] (white on black), labels int64 [n] (index in `chars`).
 
-    Random font, size (16 to 22 pixels of 28), rotation (12 degrees), shear (.15) and shift (2 pixels). The random
-    stream is RandomState's, which NumPy keeps frozen, and the warp runs in float64: the same bytes on every machine
-    that has the same matplotlib (its fonts and its FreeType).
+    Random font, size (16 to 22 pixels of 28), rotation (12 degrees), shear (.15) and shift (2 pixels). The
+    random stream is RandomState's, which NumPy keeps frozen, and the warp runs in float64: the same bytes on
+    every machine that has the same matplotlib (its fonts and its FreeType).
     """
     pairs = [(c, t) for c, char in enumerate(chars) for font in fonts
              if (t := glyph_template(font, char)) is not None]
     owner = np.array([c for c, _ in pairs])
     if len(set(owner)) < len(chars):
         lacking = [c for i, c in enumerate(chars) if i not in set(owner)]
-        raise UserError(f"glyphs: no font of this matplotlib ({matplotlib.__version__}) draws {lacking}; reinstall it")
+        raise UserError(f"glyphs: no font of this matplotlib ({matplotlib.__version__}) draws {lacking}; "
+                        "reinstall it")
     templates = torch.from_numpy(np.stack([t for _, t in pairs]))[:, None]  # [M, 1, 64, 64]
     random = np.random.RandomState(seed)
     label = random.randint(len(chars), size=n)
@@ -155,12 +160,12 @@ def render_glyphs(chars, fonts, n, seed, side=28):
 
 
 def ink_mask(images):
-    """Segmentation mask of rendered glyphs: float images [B, 1, H, W] in [0, 1] -> bool, true where there is ink."""
+    """Segmentation mask of rendered glyphs: float [B, 1, H, W] in [0, 1] -> bool, true where there is ink."""
     return images >= 0.5
 
 
 def made_here(name, split, channels=1, side=28):
-    """Sets that need no file: rendered digits, letters and symbols (10,000 train, 2,000 test), uniform noise."""
+    """Sets without a file: rendered digits, letters and symbols (10,000 train, 2,000 test), uniform noise."""
     n, offset = (10_000, 0) if split == "train" else (2_000, 1)
     if name == "noise":
         x = np.random.RandomState(77 + offset).randint(0, 256, (n, channels, side, side), dtype=np.uint8)
@@ -171,16 +176,17 @@ def made_here(name, split, channels=1, side=28):
 
 
 def read_npz(file, split, classes):
-    """x (N, H, W[, 3]) uint8 and y (N,) of one split of a Keras-style archive -> uint8 [N, C, H, W], int64 [N]."""
+    """x (N, H, W[, 3]) uint8, y (N,) of a split of a Keras-style archive -> uint8 [N, C, H, W], int64 [N]."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             absent = [k for k in (f"x_{split}", f"y_{split}") if k not in archive.files]
             if absent:
-                raise UserError(f"{file}: no {split} split (lacks {', '.join(absent)}; has {', '.join(archive.files)})")
+                raise UserError(f"{file}: no {split} split (lacks {', '.join(absent)}; "
+                                f"has {', '.join(archive.files)})")
             x, y = archive[f"x_{split}"], archive[f"y_{split}"]
     except UserError:
         raise
-    except Exception as error:  # zipfile, zlib, OSError, ValueError: a torn or foreign file fails in many ways
+    except Exception as error:  # zipfile, zlib, OSError, ValueError: a torn or foreign file fails many ways
         raise UserError(f"{file}: not a readable .npz file ({type(error).__name__}: {error})") from None
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
         raise UserError(f"{file}: x_{split} is {x.dtype} {x.shape}; expected uint8 (N, H, W) or (N, H, W, 3)")
@@ -190,14 +196,16 @@ def read_npz(file, split, classes):
     if not len(x):
         raise UserError(f"{file}: the {split} split is empty")
     if y.min() < 0 or y.max() >= classes:
-        raise UserError(f"{file}: labels of y_{split} run from {y.min()} to {y.max()}; expected 0 to {classes - 1}")
+        raise UserError(f"{file}: labels of y_{split} run from {y.min()} to {y.max()}; "
+                        f"expected 0 to {classes - 1}")
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
 
 
 def first_line(error):
     """An exception in few words."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}" if str(error).strip() else type(error).__name__
+    return (f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}" if str(error).strip() else
+            type(error).__name__)
 
 
 def download(name, split, data_dir):
@@ -208,8 +216,9 @@ def download(name, split, data_dir):
     try:
         made = getattr(torchvision.datasets, kind)(str(data_dir), download=True, **which)
     except Exception as error:
-        raise UserError(f"{name}: no {data_dir / name}.npz, and the download failed ({first_line(error)}); put an "
-                        f".npz with x_train, y_train, x_test, y_test there (x uint8 (N, H, W[, 3])), or mend the network") from None
+        raise UserError(f"{name}: no {data_dir / name}.npz, and the download failed ({first_line(error)}); "
+                        "put an .npz with x_train, y_train, x_test, y_test there (x uint8 (N, H, W[, 3])), "
+                        "or mend the network") from None
     x = torch.as_tensor(np.asarray(made.data))
     y = torch.as_tensor(np.asarray(made.labels if name == "svhn" else made.targets)).long()
     x = x[:, None] if x.ndim == 3 else x if name == "svhn" else x.permute(0, 3, 1, 2)
@@ -217,10 +226,11 @@ def download(name, split, data_dir):
 
 
 def read_tiny_imagenet(folder, split):
-    """The published tiny-imagenet-200 folder -> uint8 [N, 3, 64, 64], int64 [N]; its val images are our test split."""
+    """The published tiny-imagenet-200 folder -> uint8 [N, 3, 64, 64], int64 [N]; val is our test split."""
     classes = {w: i for i, w in enumerate(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))}
     if split == "train":
-        rows = [(p, classes[p.parent.parent.name]) for p in sorted((folder / "train").glob("*/images/*.JPEG"))]
+        rows = [(p, classes[p.parent.parent.name])
+                for p in sorted((folder / "train").glob("*/images/*.JPEG"))]
     else:
         notes = (folder / "val" / "val_annotations.txt").read_text().splitlines()
         rows = [(folder / "val" / "images" / r.split("\t")[0], classes[r.split("\t")[1]]) for r in notes if r]
@@ -231,20 +241,20 @@ def read_tiny_imagenet(folder, split):
 
 
 def resize(x, side):
-    """uint8 [N, C, H, W] -> uint8 [N, C, side, side]; area-averaged when it shrinks by a whole factor, else bilinear."""
+    """uint8 [N, C, H, W] -> uint8 [N, C, side, side]; area mean if a whole factor smaller, else bilinear."""
     if x.shape[-1] == side and x.shape[-2] == side:
         return x
     whole = x.shape[-1] % side == 0 and x.shape[-2] % side == 0
     mode = {"mode": "area"} if whole else {"mode": "bilinear", "antialias": True}
-    return torch.cat([F.interpolate(b.float(), size=(side, side), **mode).round().clamp(0, 255).to(torch.uint8)
-                      for b in x.split(2000)])
+    return torch.cat([F.interpolate(b.float(), size=(side, side), **mode).round().clamp(0, 255)
+                      .to(torch.uint8) for b in x.split(2000)])
 
 
 def load_images(name, split="train", data_dir="data", channels=None, side=None):
     """A data set by name -> Images or, for folders and torchvision's large sets, Pictures.
 
     split: "train" or "test". channels, side: what the script asks for; grey is repeated, colour averaged.
-    Raises UserError, in one line: unknown name, missing or damaged file, a split that is not there, an empty folder.
+    Raises UserError, in one line: unknown name, missing or damaged file, absent split, empty folder.
     """
     data_dir = Path(data_dir)
     known = [*IN_MEMORY, *FOLDERS, *TORCHVISION]
@@ -266,7 +276,8 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
             raise UserError(f"{file}: images of x_{split} are {tuple(x.shape[1:])}; expected {(c, s, s)}")
     elif name == "tinyimagenet":
         if not (data_dir / "tiny-imagenet-200" / "train").is_dir():
-            raise UserError(f"tinyimagenet: put {file} or the unpacked folder {data_dir / 'tiny-imagenet-200'} there")
+            raise UserError(f"tinyimagenet: put {file} or the unpacked folder "
+                            f"{data_dir / 'tiny-imagenet-200'} there")
         x, y = read_tiny_imagenet(data_dir / "tiny-imagenet-200", split)
     else:
         x, y = download(name, split, data_dir)
@@ -283,7 +294,8 @@ def image_files(folder, split):
     """Sorted image files below folder/SPLIT (or below folder itself where it has no such sub-folder)."""
     folder = folder / split if (folder / split).is_dir() else folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; put the images there (png, jpg or webp, in any sub-folders)")
+        raise UserError(f"{folder}: no such folder; put the images there "
+                        "(png, jpg or webp, in any sub-folders)")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files:
         raise UserError(f"{folder}: no png, jpg or webp image in it")
@@ -299,14 +311,15 @@ def open_picture(file):
         raise UserError(f"{file}: unreadable image ({type(error).__name__})") from None
 
 
-CROPS = {  # random-resized-crops of large pictures: relative area, aspect ratio, probability (else centre crop)
-    "rrc": ((0.08, 1), (3 / 4, 4 / 3), 1.0), "mild": ((0.9, 1), (0.95, 1.05), 0.5), "medium": ((0.8, 1), (0.9, 1.1), 0.5)}
+CROPS = {  # random-resized-crops of large pictures: relative area, aspect, probability (else centre crop)
+    "rrc": ((0.08, 1), (3 / 4, 4 / 3), 1.0), "mild": ((0.9, 1), (0.95, 1.05), 0.5),
+    "medium": ((0.8, 1), (0.9, 1.1), 0.5)}
 
 
 def picture_tensor(picture, side, crop="none", seed=0, mask=False):
-    """A PIL picture -> uint8 [3, side, side]: resized and centre-cropped, or cropped as CROPS names it, and flipped.
+    """A PIL picture -> uint8 [3, side, side]: resized and centre-cropped, or cropped as in CROPS and flipped.
 
-    The random crop depends on `seed` alone. A mask (trimap) is resized to the nearest pixel -> uint8 [side, side].
+    The random crop depends on `seed` alone. A mask (trimap): nearest-pixel resize -> uint8 [side, side].
     """
     mode = InterpolationMode.NEAREST if mask else InterpolationMode.BILINEAR
     with torch.random.fork_rng(devices=[]):
@@ -362,7 +375,7 @@ def torchvision_pictures(name, split, data_dir, side):
 
 
 def crop_flip(x, seed, pad=4, flip=True):
-    """Random crop after zero padding, and horizontal flip, per image, of a float batch [B, C, H, W] by tensor functions."""
+    """Random zero-padded crop and horizontal flip, per image, of floats [B, C, H, W] by tensor functions."""
     g = torch.Generator().manual_seed(seed)
     b, _, h, w = x.shape
     dy, dx = (torch.randint(0, 2 * pad + 1, (2, b), generator=g)).to(x.device)
@@ -384,7 +397,7 @@ def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2
     """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
 
     Batch t depends on (seed, t) alone, so a run resumed at `start` sees the very images it would have seen.
-    augment: "none"; "crop" (pad 4, random crop, flip) of Images; "rrc", "mild" or "medium" (CROPS, flip) of Pictures.
+    augment: "none"; "crop" (pad 4, crop, flip) of Images; "rrc", "mild", "medium" (CROPS, flip) of Pictures.
     """
     if augment not in ("none", *(("crop",) if isinstance(images, Images) else CROPS)):
         raise UserError(f"no augmentation '{augment}' for {images.name}")
@@ -410,10 +423,10 @@ def draw_batches(images, size, seed, start, augment, device, workers):
         yield x.to(device).float() / 255, index(t)
 
 
-# --- 2. networks ---------------------------------------------------------------------------------------------------
+# --- 2. networks --------------------------------------------------------------------------------------------
 
 def init_xavier(net):
-    """Glorot-uniform weights and zero biases: what the originals' frameworks do where PyTorch's default is smaller."""
+    """Glorot-uniform weights, zero biases: the default of the originals' frameworks; PyTorch's is smaller."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(m.weight)
@@ -423,7 +436,7 @@ def init_xavier(net):
 
 
 class MnistCNN(nn.Module):
-    """The MNIST network of dissertation 3.2: 3,265,409 parameters with one output. [B, 1, 28, 28] -> [B, outputs]."""
+    """MNIST network of dissertation 3.2: 3,265,409 parameters (1 output). [B, 1, 28, 28] -> [B, outputs]."""
 
     def __init__(self, outputs=1, channels=1, side=28):
         super().__init__()
@@ -442,7 +455,7 @@ class MnistCNN(nn.Module):
 
 
 class PlainCNN(nn.Module):
-    """Six convolutions, leaky ReLU, no normalisation; for 28 and 32 pixels. [B, C, side, side] -> [B, outputs]."""
+    """Six convolutions, leaky ReLU, no normalisation; 28 or 32 pixels. [B, C, side, side] -> [B, outputs]."""
 
     def __init__(self, width=32, outputs=1, channels=1, side=28):
         super().__init__()
@@ -460,15 +473,16 @@ class PlainCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of the CIFAR ResNets: two 3x3 convolutions, or 1x1, 3x3, 1x1 (bottleneck, four times wider out)."""
+    """Residual block of CIFAR ResNets: two 3x3 convolutions, or 1x1, 3x3, 1x1 (bottleneck, 4x wider out)."""
 
     def __init__(self, c_in, width, stride, bottleneck):
         super().__init__()
         c_out = 4 * width if bottleneck else width
         shape = [(c_in, width, 1, 1), (width, width, 3, stride), (width, c_out, 1, 1)] if bottleneck else \
                 [(c_in, width, 3, stride), (width, c_out, 3, 1)]
-        layers = [nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o)) for i, o, k, s in shape]
-        self.main = nn.Sequential(*itertools.chain(*[(m, nn.ReLU()) for m in layers]))[:-1]  # last ReLU after the sum
+        layers = [nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o))
+                  for i, o, k, s in shape]
+        self.main = nn.Sequential(*itertools.chain(*[(m, nn.ReLU()) for m in layers]))[:-1]  # ReLU after sum
         self.shortcut = nn.Identity() if (c_in, stride) == (c_out, 1) else nn.Sequential(
             nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
@@ -477,9 +491,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 or -50 for small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2. [B, C, H, W] -> [B, outputs].
+    """Small-image ResNet-18 or -50: 3x3 stem, no max-pool, strides 1, 2, 2, 2. [B, C, H, W] -> [B, outputs].
 
-    width multiplies 64/128/256/512: 18 at 0.5 has 2,795,297 parameters, 50 has 23,502,401 (one output, 3 channels).
+    width multiplies 64/128/256/512: 18 at 0.5 has 2,795,297 parameters, 50 23,502,401 (1 output, 3 channels).
     Inputs are normalised inside, by MadryLab's CIFAR constants for three channels, by .5 / .5 for one.
     """
 
@@ -507,7 +521,7 @@ class ResNet(nn.Module):
 
 
 class ResBlk(nn.Module):
-    """Pre-activation residual block without normalisation that halves the side; the sum is divided by sqrt 2."""
+    """Pre-activation residual block, no normalisation, that halves the side; the sum is divided by sqrt 2."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -520,23 +534,27 @@ class ResBlk(nn.Module):
 
 
 class ResBlockD(nn.Module):
-    """The D of dissertation Tab. 2.2 (stem 3x3, as in its code): 20,851,777 parameters at 256. [B, 3, S, S] -> [B, outputs].
+    """The D of dissertation Tab. 2.2 (stem 3x3, as in its code). [B, 3, S, S] -> [B, outputs].
 
-    Rule for other powers of two: stem width 2^14 / side, doubling to at most 512, log2(side) - 2 blocks down to 4x4.
+    20,851,777 parameters at 256. Rule for other powers of two: stem width 2^14 / side, doubling to at most
+    512, log2(side) - 2 blocks down to 4x4.
     """
 
     def __init__(self, side=256, outputs=1, channels=3):
         super().__init__()
         if side < 8 or side & (side - 1):
             raise UserError(f"the residual D takes sides that are powers of two from 8 on, not {side}")
-        self.register_buffer("mean", torch.tensor((.485, .456, .406)[:channels]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor((.229, .224, .225)[:channels]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor((.485, .456, .406)[:channels]).view(1, -1, 1, 1),
+                             persistent=False)
+        self.register_buffer("std", torch.tensor((.229, .224, .225)[:channels]).view(1, -1, 1, 1),
+                             persistent=False)
         c = min(2 ** 14 // side, 512)
         layers = [nn.Conv2d(channels, c, 3, 1, 1)]
         for _ in range(int(math.log2(side)) - 2):
             layers.append(ResBlk(c, min(2 * c, 512)))
             c = min(2 * c, 512)
-        self.body = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2), nn.Flatten())
+        self.body = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2),
+                                  nn.Flatten())
         self.head = nn.Linear(c, outputs)
 
     def features(self, x):
@@ -547,9 +565,9 @@ class ResBlockD(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """torchvision's Inception-V3 for Frechet distances: [B, 3 or 1, H, W] in [0, 1] -> 2048 features; forward: 1000 logits.
+    """torchvision's Inception-V3: [B, 3 or 1, H, W] in [0, 1] -> 2048 features; forward: 1000 logits.
 
-    These are torchvision's weights, not the TensorFlow ones of the FID literature; numbers differ by some tenths.
+    For Frechet distances. Not the TensorFlow weights of the FID literature: numbers differ by some tenths.
     """
     FILE = "inception_v3_google-0cc3c7bd.pth"
 
@@ -560,7 +578,8 @@ class InceptionFeatures(nn.Module):
             try:
                 self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
             except Exception as error:
-                raise UserError(f"{file}: not torchvision's Inception-V3 weights ({type(error).__name__})") from None
+                raise UserError(f"{file}: not torchvision's Inception-V3 weights "
+                                f"({type(error).__name__})") from None
         self.head, self.net.fc = self.net.fc, nn.Identity()
         self.eval()
 
@@ -584,7 +603,8 @@ def make_net(name, outputs, shape, width=1.0):
     c, side, _ = shape
     made = {"plain": lambda: PlainCNN(round(32 * width), outputs, c, side),
             "mnist_cnn": lambda: MnistCNN(outputs, c, side),
-            "resnet18": lambda: ResNet(18, width, outputs, c), "resnet50": lambda: ResNet(50, width, outputs, c),
+            "resnet18": lambda: ResNet(18, width, outputs, c),
+            "resnet50": lambda: ResNet(50, width, outputs, c),
             "resblock_d": lambda: ResBlockD(side, outputs, c)}
     if name not in made:
         raise UserError(f"unknown network '{name}'; known: {', '.join(made)}")
@@ -593,7 +613,7 @@ def make_net(name, outputs, shape, width=1.0):
 
 @torch.enable_grad()  # also when the first use of the features stands inside no_grad
 def train_classifier(run, data, classes, net, width, iterations):
-    """The data set's own classifier, whose features stand in for Inception's: Adam, one cycle to 1e-3, batch 128.
+    """The data set's classifier; its features stand in for Inception's. Adam, one cycle to 1e-3, batch 128.
 
     Goes on from its checkpoint; returned in eval mode. data: Images.
     """
@@ -610,8 +630,10 @@ def train_classifier(run, data, classes, net, width, iterations):
         schedule.load_state_dict(state["schedule"])
     if state["it"] < iterations:
         print(f"training the classifier behind FD-cls: {net}, {iterations} updates", flush=True)
-        log = Log(run.folder / "log-classifier.csv", iterations, state["rows"])
-        stream = batches(data, 128, run.args.seed + 2, state["it"], "crop" if data.shape[0] == 3 else "none", run.device)
+        log = Log(run.folder / "log-classifier.csv", iterations, state["rows"],
+                  show=("loss", "accuracy"))
+        stream = batches(data, 128, run.args.seed + 2, state["it"], "crop" if data.shape[0] == 3 else "none",
+                         run.device)
     for it in range(state["it"] + 1, iterations + 1):
         x, i = next(stream)
         y = data.y[i.to(data.y.device)].to(run.device)
@@ -631,14 +653,14 @@ def train_classifier(run, data, classes, net, width, iterations):
 
 
 def fast_precision(device):
-    """bfloat16 autocast where the processor has matrix units for it (a GPU, AMX, AVX512-BF16), else a no-op context."""
+    """bfloat16 autocast where the processor has matrix units for it (GPU, AMX, AVX512-BF16), else a no-op."""
     kind = torch.device(device).type
     has = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and any(
         getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.autocast(kind, dtype=torch.bfloat16) if has else contextlib.nullcontext()
 
 
-# --- 3. checkpoints ------------------------------------------------------------------------------------------------
+# --- 3. checkpoints -----------------------------------------------------------------------------------------
 
 def write_text(file, text):
     """Write a small file whole or not at all: to a temporary name, then renamed."""
@@ -648,8 +670,9 @@ def write_text(file, text):
 
 
 def save_checkpoint(file, made_with, **state):
-    """Save tensors and plain numbers with the settings they were made with and the generators' states; atomic."""
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """Save tensors and plain numbers with the settings that made them and the generators' states; atomic."""
+    rng = {"cpu": torch.get_rng_state(),
+           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     scratch = Path(f"{file}.tmp")
     torch.save({**state, "made_with": made_with, "rng": rng}, scratch)
     os.replace(scratch, file)
@@ -666,18 +689,20 @@ def load_checkpoint(file, made_with, device="cpu"):
         state = torch.load(file, map_location=device, weights_only=True)
         then, rng = state["made_with"], state["rng"]
     except Exception as error:
-        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}); --fresh starts over") from None
+        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}); "
+                        "--fresh starts over") from None
     other = [f"{k} {then.get(k)} (now {made_with.get(k)})" for k in {**then, **made_with}
              if then.get(k) != made_with.get(k)]
     if other:
-        raise UserError(f"{file} was made with {', '.join(other)}: use the same settings, --fresh, or another --out")
+        raise UserError(f"{file} was made with {', '.join(other)}: "
+                        "use the same settings, --fresh, or another --out")
     torch.set_rng_state(rng["cpu"].cpu())
     if rng["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]])
     return state
 
 
-# --- 4. command line -----------------------------------------------------------------------------------------------
+# --- 4. command line ----------------------------------------------------------------------------------------
 
 def number(text):
     """A non-negative number that may be a fraction: '8/255' -> 0.0314, 'inf' allowed."""
@@ -711,7 +736,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass
 class Experiment:
-    """One table or figure of the source: its function, what it shows, its cost, and the numbers published for it."""
+    """One table or figure of the source: its function, what it shows, its cost, and the published numbers."""
     function: object
     shows: str
     cost: str = ""
@@ -720,30 +745,40 @@ class Experiment:
 
 
 def parse_args(doc, settings, experiments, argv=None):
-    """Flags of a script: the common ones, and one for each field of its Settings. Returns args with .settings filled."""
+    """Flags: common ones, and one per field of a script's Settings. Returns args with .settings filled."""
     sets = list(settings)
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--dataset", "--data", default=sets[0], metavar="NAME", help=f"{', '.join(sets)} (default: {sets[0]})")
-    p.add_argument("--budget", default="quick", help="smoke (seconds, learns nothing), quick (default), paper (the source's settings)")
-    p.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="run these experiments instead of the headline ones")
-    p.add_argument("--list", action="store_true", help="list the experiments with costs and published numbers")
+    p.add_argument("--dataset", "--data", default=sets[0], metavar="NAME",
+                   help=f"{', '.join(sets)} (default: {sets[0]})")
+    p.add_argument("--budget", default="quick",
+                   help="smoke (seconds, learns nothing), quick (default), paper (the source's settings)")
+    p.add_argument("--only", nargs="+", metavar="EXPERIMENT",
+                   help="run these experiments instead of the headline ones")
+    p.add_argument("--list", action="store_true",
+                   help="list the experiments with costs and published numbers")
     p.add_argument("--images", type=whole, metavar="N", help="number of images to evaluate on")
-    p.add_argument("--data-dir", type=Path, default=Path("data"), help="where NAME.npz and image folders lie (default: data)")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (default: runs)")
+    p.add_argument("--data-dir", type=Path, default=Path("data"),
+                   help="where NAME.npz and image folders lie (default: data)")
+    p.add_argument("--out", type=Path, default=Path("runs"),
+                   help="where the run's folder is made (default: runs)")
     p.add_argument("--seed", type=whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    p.add_argument("--fresh", action="store_true", help="start over: drop this run's checkpoints, log and results")
+    p.add_argument("--fresh", action="store_true",
+                   help="start over: drop this run's checkpoints, log and results")
     fields = dataclasses.fields(next(iter(next(iter(settings.values())).values())))
     for f in fields:
         if f.name in ("images", "seed"):  # common to all scripts, above
             continue
-        kind = {"int": whole, "float": number, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
-        p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE", help=f.metadata.get("help"))
+        kind = {"int": whole, "float": number, "str": str}[
+            f.type if isinstance(f.type, str) else f.type.__name__]
+        p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE",
+                       help=f.metadata.get("help"))
     args = p.parse_args(argv)
     if args.dataset not in settings:
         raise UserError(f"unknown --dataset '{args.dataset}'; known: {', '.join(sets)}")
     if args.budget not in settings[args.dataset]:
-        raise UserError(f"unknown --budget '{args.budget}'; known for {args.dataset}: {', '.join(settings[args.dataset])}")
+        raise UserError(f"unknown --budget '{args.budget}'; known for {args.dataset}: "
+                        f"{', '.join(settings[args.dataset])}")
     for name in args.only or []:
         if name not in experiments:
             raise UserError(f"unknown experiment '{name}'; known: {', '.join(experiments)}")
@@ -772,7 +807,7 @@ def print_list(experiments):
 
 
 def call(main):
-    """Run a script's main: a UserError is one line on stderr and exit code 2, a Diverged one line and exit code 1."""
+    """Run a script's main: UserError is one line on stderr and exit code 2, Diverged the same with code 1."""
     try:
         main()
     except UserError as error:
@@ -790,7 +825,8 @@ def complain(error, code):
 
 def picture_grid(axis, x, columns, title):
     """Draw images float [N, C, H, W] in [0, 1] as a grid on a matplotlib axis."""
-    axis.imshow(make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5).permute(1, 2, 0), interpolation="nearest")
+    axis.imshow(make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5).permute(1, 2, 0),
+                interpolation="nearest")
     axis.set_title(title, fontsize=10)
     axis.axis("off")
 
@@ -809,14 +845,16 @@ class Run:
     """One run's folder OUT/SCRIPT-DATASET: config.json, log*.csv, checkpoints, pictures, results.json."""
 
     def __init__(self, script, args):
-        self.script, self.args, self.settings, self.device = script, args, args.settings, torch.device(args.device)
+        self.script, self.args, self.settings, self.device = (
+            script, args, args.settings, torch.device(args.device))
         self.folder = args.out / f"{script}-{args.dataset}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot make {self.folder} ({error.strerror})") from None
         if args.fresh:
-            for file in itertools.chain(*[self.folder.glob(p) for p in ("*.pt", "*.csv", "*.json", "*.png", "*.tmp")]):
+            for file in itertools.chain(*[self.folder.glob(p) for p in
+                                          ("*.pt", "*.csv", "*.json", "*.png", "*.tmp")]):
                 file.unlink()
         self.command = shlex.join(["python", f"{script}.py", *getattr(args, "argv", sys.argv[1:])])
         self.about = {"command": self.command, "hardware": hardware(args.device), "torch": torch.__version__,
@@ -832,7 +870,8 @@ class Run:
         print(f"\n{name}: {e.shows}", flush=True)
         start = time.time()
         ours = e.function(*arguments)
-        entry = {"ours": ours, "published": e.published, "shows": e.shows, "seconds": round(time.time() - start, 1), **self.about}
+        entry = {"ours": ours, "published": e.published, "shows": e.shows,
+                 "seconds": round(time.time() - start, 1), **self.about}
         file = self.folder / "results.json"
         try:
             results = json.loads(file.read_text()) if file.exists() else {}
@@ -857,11 +896,11 @@ class Run:
 
 
 class Log:
-    """Rows of a training run: one aligned line on the screen, one in a .csv file; kept in the checkpoint."""
+    """Rows of a training run: each in a .csv file, columns `show` on the screen; in the checkpoint too."""
 
-    def __init__(self, file, total, rows=()):
-        self.file, self.total, self.rows, self.start = Path(file), total, list(rows), time.time()
-        self.first = None
+    def __init__(self, file, total, rows=(), show=("loss",)):
+        self.file, self.total, self.rows, self.show = Path(file), total, list(rows), show
+        self.start, self.first = time.time(), None
         self.before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.write()
 
@@ -873,10 +912,11 @@ class Log:
             writer.writerows(self.rows)
 
     def add(self, it, share=None, **numbers):
-        """it counts from 1; share is the part of all the work that is done (default it / total); numbers become columns."""
+        """it counts from 1; share is the part of all work done (default it / total); numbers are columns."""
         spent, share = time.time() - self.start, share or it / self.total
         self.first = self.first or (spent, share)  # a resumed run's speed is measured from its first row on
-        left = (spent - self.first[0]) / max(share - self.first[1], 1e-9) * (1 - share) if share > self.first[1] else math.nan
+        left = ((spent - self.first[0]) / max(share - self.first[1], 1e-9) * (1 - share)
+                if share > self.first[1] else math.nan)
         row = {"it": it, **{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()},
                "seconds": round(self.before + spent, 1)}
         self.rows.append(row)
@@ -885,5 +925,6 @@ class Log:
         else:
             with open(self.file, "a", newline="") as f:
                 csv.DictWriter(f, fieldnames=list(self.rows[0])).writerow(row)
-        shown = "  ".join(f"{k} {v:8.4g}" for k, v in row.items() if k not in ("it", "seconds"))
-        print(f"{it:6d}/{self.total}  {shown}  {row['seconds']:6.0f} s, {left:5.0f} s left", flush=True)
+        shown = "  ".join(f"{k} {row[k]:6.4g}" for k in self.show if not math.isnan(row[k]))
+        left = "" if math.isnan(left) else f", {left:.0f} s left"
+        print(f"{it:6d}/{self.total}  {shown}  {row['seconds']:.0f} s{left}", flush=True)

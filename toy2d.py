@@ -1,9 +1,9 @@
 r"""The 2-D lesson: what binary adversarial training learns, and how it differs from a GAN and from an EBM.
 
-Source: Yin 2022, "Generative Modeling With Adversarial Training", chapter 2, figures 2.1 and 2.2 ("the dissertation").
+Source: Yin 2022, "Generative Modeling With Adversarial Training", figures 2.1 and 2.2 ("the dissertation").
 
-Points in the plane [-2, 2]^2 take the place of images. A small network f gives D = sigmoid(f). Data are blue, p0 and
-what becomes of it are red. Two players share one pay-off
+Points in the plane [-2, 2]^2 take the place of images. A small network f gives D = sigmoid(f). Data are blue,
+p0 and what becomes of it are red. Two players share one pay-off
 
     U(D, p_T) = E_data[log D(x)] + E_{p_T}[log(1 - D(x))]                                     (2.12)
 
@@ -11,24 +11,25 @@ and it matters who moves first.
 
     Algorithm 1, max_D min_{p_T} U:  draw x from data and x_0 from p0; move x_0 by K steps
         x <- x + step * g / ||g||,  g = grad f(x)                                             (2.8)
-    then one optimiser step on D; fresh x_0 the next time. Proposition 1: U = -log 4 = -1.386, D = 1/2 on the support
-    of the data and at most 1/2 elsewhere. What p0 never reaches is never pressed down: figure 2.1, right.
-    Algorithm 2, min_{p_T} max_D U:  fixed data and particles x*; train D to convergence, then move every particle ONE
-    step of (2.8), and keep it there. The particles become the data; D means nothing elsewhere: figure 2.2.
+    then one optimiser step on D; fresh x_0 the next time. Proposition 1: U = -log 4 = -1.386, D = 1/2 on the
+    support of the data, at most 1/2 elsewhere. What p0 never reaches is never pressed down: fig. 2.1, right.
+    Algorithm 2, min_{p_T} max_D U:  fixed data and particles x*; train D to convergence, then move every
+    particle ONE step of (2.8), and keep it there. They become the data; D means nothing elsewhere: fig. 2.2.
 
     f(x) logit, HIGH = in-distribution. The plane has no [0, 1] range and nothing is clamped.
 
 Commands (times and numbers: README, results/):
     python toy2d.py                                   figures 2.1 and 2.2, under a minute on two cores
-    python toy2d.py --data ring                       the same for a ring of Gaussians; grid, spirals, checkerboard
+    python toy2d.py --data ring                       on a ring of Gaussians; or grid, spirals, checkerboard
     python toy2d.py --only stability samplers energies  three short lessons; --list says what they show
 
-Differs from the source: it does not publish network, step, K, iterations or spread for these figures; all are ours,
-chosen so that each figure shows what the text says of it. The learning rate falls to zero (cosine), so that the
-picture is an optimum and not one moment of a game. Algorithm 2's particles take a step that shrinks likewise, for the
-same reason: with a fixed step they circle the data at that distance. The reach K * step = 1.68 is short of the
-plane's corners, 2.83 away. Give it more (--k 20 --step 0.15) and D becomes 1/2 everywhere: the smallest slope is enough
-for normalised steps to bring all of p0 home, nothing is left outside to press down, and that too is an optimum.
+Differs from the source: it does not publish network, step, K, iterations or spread for these figures; all are
+ours, chosen so that each figure shows what the text says of it. The learning rate falls to zero (cosine), so
+that the picture is an optimum and not one moment of a game. Algorithm 2's particles take a step that shrinks
+likewise, for the same reason: with a fixed step they circle the data at that distance. The reach K * step =
+1.68 is short of the plane's corners, 2.83 away. Give it more (--k 20 --step 0.15) and D becomes 1/2
+everywhere: the smallest slope is enough for normalised steps to bring all of p0 home, nothing is left outside
+to press down, and that too is an optimum.
 """
 import dataclasses
 import math
@@ -42,7 +43,7 @@ from torch import nn
 import common
 from common import Diverged, Experiment, Run
 
-# --- settings ------------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -75,7 +76,7 @@ SETTINGS = {name: BUDGETS for name in ("gaussian", "ring", "grid", "spirals", "c
 SIDE = 2.0     # the plane is [-SIDE, SIDE]^2
 STD = 0.25     # of the Gaussian
 
-# --- data and p0 ---------------------------------------------------------------------------------------------------
+# --- data and p0 --------------------------------------------------------------------------------------------
 
 
 def sample_data(name, n):
@@ -99,7 +100,8 @@ def sample_data(name, n):
 
 def sample_p0(where, n):
     """n points of p0 [n, 2]: uniform on the plane, or concentrated in the lower left corner."""
-    return (torch.rand(n, 2) * 2 - 1) * SIDE if where == "uniform" else -0.55 * SIDE + 0.15 * torch.randn(n, 2)
+    return ((torch.rand(n, 2) * 2 - 1) * SIDE if where == "uniform"
+            else -0.55 * SIDE + 0.15 * torch.randn(n, 2))
 
 
 def make_f(width):
@@ -109,7 +111,7 @@ def make_f(width):
     return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
 
 
-# --- the two samplers ----------------------------------------------------------------------------------------------
+# --- the two samplers ---------------------------------------------------------------------------------------
 
 
 def gradient(f, x):
@@ -133,7 +135,7 @@ def langevin(f, x, steps, noise):
     return x
 
 
-# --- the two algorithms --------------------------------------------------------------------------------------------
+# --- the two algorithms -------------------------------------------------------------------------------------
 
 
 def at_loss(f_data, f_adv):
@@ -142,14 +144,14 @@ def at_loss(f_data, f_adv):
 
 
 def ebm_loss(f_data, f_adv):
-    """The maximum-likelihood gradient of Eq. 2.2 with the same attack as sampler: unbounded (section 2.5.6)."""
+    """The maximum-likelihood gradient of Eq. 2.2 with the same attack as sampler: unbounded (2.5.6)."""
     return f_adv.mean() - f_data.mean()
 
 
 def maximin(s, data, where, objective=at_loss, sampler=None, lr=None):
     """Algorithm 1 -> (f before, f after, mean f on data minus mean f on the contrast, per update).
 
-    sampler(f, x0) makes the contrast; default PGD, Eq. 2.8. Raises Diverged, with .gaps, beyond a gap of 1e6.
+    sampler(f, x0) makes the contrast; default PGD, Eq. 2.8. Raises Diverged (.rows: the gaps) beyond 1e6.
     """
     torch.manual_seed(s.seed)
     f, sampler = make_f(s.width), sampler or (lambda f, x: pgd(f, x, s.k, s.step))
@@ -164,9 +166,7 @@ def maximin(s, data, where, objective=at_loss, sampler=None, lr=None):
         f_data, f_adv = f(torch.cat([x, x_adv])).chunk(2)
         gaps.append((f_data.mean() - f_adv.mean()).item())
         if not abs(gaps[-1]) < 1e6:
-            stop = Diverged(f"f(data) - f(contrast) = {gaps[-1]:.3g} after {update} updates; try a lower --lr")
-            stop.gaps = gaps
-            raise stop
+            raise Diverged(f"f(data) - f(contrast) is {gaps[-1]:.3g} at update {update}: lower --lr", gaps)
         optimizer.zero_grad(set_to_none=True)
         objective(f_data, f_adv).backward()
         optimizer.step()
@@ -175,7 +175,7 @@ def maximin(s, data, where, objective=at_loss, sampler=None, lr=None):
 
 
 def minimax(s, data, where):
-    """Algorithm 2 -> (f after the first convergence, last f, data points [n, 2], first particles, last particles)."""
+    """Algorithm 2 -> (first converged f, last f, data points [n, 2], first particles, last particles)."""
     torch.manual_seed(s.seed)
     f = make_f(s.width)
     x, particles = sample_data(data, s.particles), sample_p0(where, s.particles)
@@ -195,7 +195,7 @@ def minimax(s, data, where):
     return first, f, x, start, particles
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------------------------
 
 
 def energy_distance(a, b):
@@ -213,11 +213,11 @@ def plane(n=81):
 
 @torch.no_grad()
 def off_support(f, data, away=0.5):
-    """(largest D, local maxima with D > 1/2 as rows x, y, D) at grid points farther than `away` from any data."""
+    """(largest D, rows x, y, D of local maxima > 1/2) at grid points farther than `away` from any data."""
     u, points = plane()
     far = torch.cdist(points, sample_data(data, 3000)).amin(1) > away
-    logit = f(points)                                                          # D itself is flat at 1: no peaks
-    peak = F.max_pool2d(logit.view(1, 1, len(u), -1), 9, 1, 4).flatten() == logit  # largest of its 9 x 9 neighbours
+    logit = f(points)                                                        # D itself is flat at 1: no peaks
+    peak = F.max_pool2d(logit.view(1, 1, len(u), -1), 9, 1, 4).flatten() == logit  # largest of 9 x 9 points
     d = logit.sigmoid()
     chosen = far & peak & (d > 0.5)
     return d[far].max().item(), torch.cat([points, d[:, None]], 1)[chosen]
@@ -229,7 +229,7 @@ def value(f, x, x_adv):
         return (F.logsigmoid(f(x)).mean() + F.logsigmoid(-f(x_adv)).mean()).item()
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 
 def draw(axis, f, blue, red, title):
@@ -239,7 +239,8 @@ def draw(axis, f, blue, red, title):
         d = f(points).sigmoid().view(len(u), -1).numpy()
     levels = np.linspace(0, 1, 21) if d.max() - d.min() > 0.1 else 12          # an untrained D is nearly flat
     axis.contourf(u, u, d, levels, cmap="Greys", alpha=0.45)
-    lines = axis.contour(u, u, d, levels if isinstance(levels, int) else levels[::2], colors="k", linewidths=0.5)
+    lines = axis.contour(u, u, d, levels if isinstance(levels, int) else levels[::2],
+                         colors="k", linewidths=0.5)
     axis.clabel(lines, fontsize=6, fmt="%.2g" if not isinstance(levels, int) else "%.3f")
     arrows = points.view(len(u), len(u), 2)[2::5, 2::5].reshape(-1, 2)
     g = gradient(f, arrows)
@@ -266,7 +267,7 @@ def finish(lab, figure, name, sentence):
     return sentence
 
 
-# --- experiments ---------------------------------------------------------------------------------------------------
+# --- experiments --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -292,14 +293,15 @@ def figure_2_1(lab):
             on = f(x).sigmoid()
         largest, maxima = off_support(f, lab.data)
         axes[left + 1].plot(*maxima[:, :2].T, "k^", ms=6, clip_on=False)
-        numbers |= {f"mean D on the support, {where} p0": on.mean().item(), f"std of D there, {where} p0": on.std().item(),
+        numbers |= {f"mean D on the support, {where} p0": on.mean().item(),
+                    f"std of D there, {where} p0": on.std().item(),
                     f"U, {where} p0": value(f, x, x_adv), f"largest D off the support, {where} p0": largest,
                     f"maxima off the support with D > 1/2, {where} p0": len(maxima)}
         if len(maxima):
             numbers[f"where (x, y, D), {where} p0"] = [[round(v, 2) for v in row] for row in maxima.tolist()]
     sentence = (f"Maximin: D is {numbers['mean D on the support, uniform p0']:.2f} on the data and at most "
-                f"{numbers['largest D off the support, uniform p0']:.2f} away from it when p0 is uniform; p0 in one corner leaves "
-                f"{len(maxima)} high place(s) (triangles) that it never visited.")
+                f"{numbers['largest D off the support, uniform p0']:.2f} away from it when p0 is uniform; "
+                f"p0 in one corner leaves {len(maxima)} high place(s) (triangles) that it never visited.")
     return {**numbers, "sentence": finish(lab, figure, "figure2.1", sentence)}
 
 
@@ -320,12 +322,13 @@ def figure_2_2(lab):
                     f"U, {where} p0": value(f, x, particles)}
     numbers["energy distance of two fresh draws of the data"] = energy_distance(
         sample_data(lab.data, s.particles), sample_data(lab.data, s.particles))
-    sentence = ("Minimax: from either p0 the particles (red) end on the data (blue); what D says away from them means nothing: it "
-                f"reaches {max(v for k, v in numbers.items() if k.startswith('largest')):.2f} there.")
+    sentence = ("Minimax: from either p0 the particles (red) end on the data (blue); "
+                "what D says away from them means nothing: it reaches "
+                f"{max(v for k, v in numbers.items() if k.startswith('largest')):.2f} there.")
     return {**numbers, "sentence": finish(lab, figure, "figure2.2", sentence)}
 
 
-def stability(lab):
+def stability_2d(lab):
     """Section 2.5.6: the same PGD attack under the AT objective (2.11) and under the EBM objective (2.2)."""
     numbers = {}
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
@@ -335,9 +338,10 @@ def stability(lab):
         try:
             gaps = maximin(lab.s, lab.data, "uniform", objective, lr=lr)[2]
         except Diverged as stop:
-            gaps = stop.gaps
+            gaps = stop.rows
         axis.plot(gaps, label=label)
-        numbers |= {f"largest |f(data) - f(x_K)|, {label}": max(map(abs, gaps)), f"updates run, {label}": len(gaps)}
+        numbers |= {f"largest |f(data) - f(x_K)|, {label}": max(map(abs, gaps)),
+                    f"updates run, {label}": len(gaps)}
     axis.set(xlabel="update", ylabel="mean f(data) - mean f(x_K)", yscale="symlog")
     axis.legend()
     sentence = "Only the factors 1 - sigmoid(f) and sigmoid(f) of Eq. 2.18 keep f bounded."
@@ -345,7 +349,7 @@ def stability(lab):
 
 
 def samplers(lab):
-    """Table 2.1: PGD with the AT objective learns the support, Langevin with the EBM objective the density."""
+    """Tab. 2.1: PGD with the AT objective learns the support, Langevin with the EBM objective the density."""
     s, figure = lab.s, plt.figure(figsize=(6.5, 4.2))
     figure.subplots_adjust(left=0.13, right=0.98, bottom=0.18, top=0.97)
     bank = sample_p0("uniform", 4096)
@@ -357,22 +361,25 @@ def samplers(lab):
         bank[rows] = langevin(f, x, s.k, s.noise)
         return bank[rows]
 
-    line = torch.stack([torch.linspace(-3 * STD, 3 * STD, 121), torch.zeros(121)], 1)  # a cut through the Gaussian
+    line = torch.stack([torch.linspace(-3 * STD, 3 * STD, 121), torch.zeros(121)], 1)  # a cut of the Gaussian
     log_p = -line[:, 0] ** 2 / (2 * STD ** 2)
     plt.plot(line[:, 0], log_p, "k--", label="log p_data + const")
     numbers = {}
     for label, made in (("AT with PGD", lambda: maximin(s, "gaussian", "uniform")),
-                        ("EBM with Langevin", lambda: maximin(s, "gaussian", "uniform", ebm_loss, persistent))):
+                        ("EBM with Langevin",
+                         lambda: maximin(s, "gaussian", "uniform", ebm_loss, persistent))):
         f = made()[1]
         with torch.no_grad():
             cut = f(line)
         centred = log_p - log_p.mean()
-        numbers[f"slope of f against log p_data, {label}"] = (centred @ (cut - cut.mean()) / (centred @ centred)).item()
+        numbers[f"slope of f against log p_data, {label}"] = (
+            centred @ (cut - cut.mean()) / (centred @ centred)).item()
         plt.plot(line[:, 0], cut - cut[60], label=f"f, {label}")
     plt.xlabel("x, within three standard deviations")
     plt.ylabel("f - f(0)")
     plt.legend()
-    sentence = "Slope 1 is the density, slope 0 the support: Langevin's noise and the EBM objective give the first, PGD and AT the second."
+    sentence = ("Slope 1 is the density, slope 0 the support: "
+                "Langevin's noise and the EBM objective give the first, PGD and AT the second.")
     return {**numbers, "sentence": finish(lab, figure, "samplers", sentence)}
 
 
@@ -399,7 +406,8 @@ def energies(lab):
             x_k, done = langevin(f, x_k, steps - done, s.noise), steps
             draw(axes[axis], f, x, x_k, f"{label} energy, {steps} steps")
             numbers[f"energy distance after {steps} steps, {label} energy"] = energy_distance(x_k, x)
-    sentence = "A short-run energy makes data in the steps it was trained with; longer chains leave them. A long-run energy's chains stay."
+    sentence = ("A short-run energy makes data in the steps it was trained with; longer chains leave them. "
+                "A long-run energy's chains stay.")
     return {**numbers, "sentence": finish(lab, figure, "energies", sentence)}
 
 
@@ -408,13 +416,13 @@ EXPERIMENTS = {
                             {"mean D on the support, uniform p0": "1/2", "U, uniform p0": "-log 4 = -1.386"}),
     "figure2.2": Experiment(figure_2_2, "minimax (Alg. 2): particles become the data", "", True,
                             {"mean D on the support, uniform p0": "1/2", "U, uniform p0": "-log 4 = -1.386"}),
-    "stability": Experiment(stability, "PGD with the EBM objective diverges (2.5.6)", ""),
+    "stability": Experiment(stability_2d, "PGD with the EBM objective diverges (2.5.6)", ""),
     "samplers": Experiment(samplers, "density against support: Langevin and PGD (Tab. 2.1)", ""),
     "energies": Experiment(energies, "short-run against long-run energies", ""),
 }
 
 
-# --- command line --------------------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------------
 
 
 def get_args(argv=None):

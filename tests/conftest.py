@@ -33,7 +33,8 @@ def write_npz(tmp_path):
         arrays = {}
         for split in ("train", "test"):
             shape = (n, side, side, 3) if colour else (n, side, side)
-            arrays |= {f"x_{split}": random.randint(0, 256, shape, dtype=np.uint8), f"y_{split}": np.arange(n) % 10}
+            arrays |= {f"x_{split}": random.randint(0, 256, shape, dtype=np.uint8),
+                       f"y_{split}": np.arange(n) % 10}
         arrays |= replace
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)

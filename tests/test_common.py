@@ -52,16 +52,18 @@ def test_letters_hold_no_digit_in_disguise():
 
 def test_glyphs_do_not_depend_on_threads_or_process():
     here = digest(load_images("glyphs", "test"))
-    code = ("import torch, hashlib; torch.set_num_threads(1); import common; d = common.load_images('glyphs', 'test');"
+    code = ("import torch, hashlib; torch.set_num_threads(1); import common; "
+            "d = common.load_images('glyphs', 'test');"
             "print(hashlib.sha256(d.x.numpy().tobytes() + d.y.numpy().tobytes()).hexdigest())")
     root = Path(common.__file__).parent
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True).stdout
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
+                           check=True).stdout
     assert there.strip() == here
 
 
 def test_a_font_without_the_character_is_not_used():
     assert common.glyph_template("DejaVuSans", "8") is not None
-    assert common.glyph_template("STIXNonUni", "8") is None      # no digits in this file: would be an empty box
+    assert common.glyph_template("STIXNonUni", "8") is None      # no digits in it: would be an empty box
     assert common.glyph_template("NoSuchFont", "8") is None
     assert common.glyph_template("DejaVuSans", "\u2003") is None  # in the font, but blank
     with pytest.raises(UserError, match="no font"):
@@ -93,7 +95,8 @@ def test_npz_first_and_channel_size_conversions(write_npz):
 
 def test_shrinking_by_two_averages_areas(write_npz):
     folder = write_npz("tinyimagenet", n=8, side=64)
-    big, small = load_images("tinyimagenet", "train", folder), load_images("tinyimagenet", "train", folder, side=32)
+    big, small = (load_images("tinyimagenet", "train", folder),
+                  load_images("tinyimagenet", "train", folder, side=32))
     mean = big.x.float().view(8, 3, 32, 2, 32, 2).mean((3, 5))
     assert (small.x.float() - mean).abs().max() <= 0.5
 
@@ -172,7 +175,8 @@ def test_tiny_imagenet_folder(tmp_path):
     Image.new("L", (64, 64), 7).save(root / "val" / "images" / "val_0.JPEG")
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\n")
     train, test = (load_images("tinyimagenet", s, tmp_path, side=32) for s in ("train", "test"))
-    assert train.x.shape == (6, 3, 32, 32) and train.y.tolist() == [0, 0, 0, 1, 1, 1] and test.y.tolist() == [1]
+    assert train.x.shape == (6, 3, 32, 32)
+    assert train.y.tolist() == [0, 0, 0, 1, 1, 1] and test.y.tolist() == [1]
 
 
 # --- folders of pictures ---
@@ -270,7 +274,8 @@ def test_crop_flip_against_a_loop():
         assert plain or mirrored
         flipped += mirrored
     assert 8 < flipped < 32
-    assert torch.equal(out, common.crop_flip(x, seed=5, pad=1)) and not torch.equal(out, common.crop_flip(x, seed=6, pad=1))
+    assert torch.equal(out, common.crop_flip(x, seed=5, pad=1))
+    assert not torch.equal(out, common.crop_flip(x, seed=6, pad=1))
 
 
 # --- networks ---
@@ -297,7 +302,8 @@ def test_parameter_counts_and_shapes(net, parameters, shape):
     assert parameters is None or count(net) == parameters
     if shape:
         with torch.no_grad():
-            assert net(torch.rand(2, *shape)).shape == (2, net.head.out_features if hasattr(net.head, "out_features") else 1)
+            assert net(torch.rand(2, *shape)).shape == (
+                2, net.head.out_features if hasattr(net.head, "out_features") else 1)
 
 
 def test_residual_d_wants_a_power_of_two():
@@ -349,7 +355,8 @@ def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_numbers_parse():
-    assert common.number("8/255") == 8 / 255 and common.number("inf") == float("inf") and common.number("0.5") == 0.5
+    assert common.number("8/255") == 8 / 255 and common.number("0.5") == 0.5
+    assert common.number("inf") == float("inf")
     for bad in ("-1", "nan", "x", "1/0", "-1/2"):
         with pytest.raises(Exception, match="at least 0|not a number"):
             common.number(bad)
@@ -364,7 +371,8 @@ def test_bad_input_loses_nothing(tmp_path, outcome):
     (folder / "f.pt").write_bytes(b"precious")
     code, _ = outcome(at_gen, "--fresh", "--p0", "nosuch", "--out", tmp_path / "runs")
     assert code == 2 and (folder / "f.pt").read_bytes() == b"precious"
-    code, said = outcome(at_gen, "--budget", "smoke", "--out", tmp_path / "runs", "--device", "cpu", "--only", "figure2.7")
+    code, said = outcome(at_gen, "--budget", "smoke", "--out", tmp_path / "runs", "--device", "cpu",
+                         "--only", "figure2.7")
     assert code == 2 and "not a readable checkpoint" in said and (folder / "f.pt").read_bytes() == b"precious"
 
 
@@ -380,5 +388,6 @@ def test_results_of_other_experiments_are_kept(tmp_path, outcome):
     import toy2d
     for name in ("figure2.1", "figure2.2"):
         assert outcome(toy2d, "--budget", "smoke", "--out", tmp_path, "--only", name)[0] == 0
-    assert set(json.loads((tmp_path / "toy2d-gaussian" / "results.json").read_text())) == {"figure2.1", "figure2.2"}
+    results = json.loads((tmp_path / "toy2d-gaussian" / "results.json").read_text())
+    assert set(results) == {"figure2.1", "figure2.2"}
     assert not [f for f in os.listdir(tmp_path / "toy2d-gaussian") if f.endswith(".tmp")]

@@ -38,7 +38,7 @@ def test_no_script_imports_another():
 
 
 def test_only_the_five_packages():
-    allowed = {"torch", "torchvision", "numpy", "matplotlib", "common", "PIL"}  # Pillow comes with torchvision
+    allowed = {"torch", "torchvision", "numpy", "matplotlib", "common", "PIL"}  # PIL comes with torchvision
     import sys
     for script in [*SCRIPTS, "common"]:
         for node in ast.walk(tree(script)):
@@ -87,7 +87,8 @@ def test_committed_results_have_their_provenance():
     assert files
     for file in files:
         for name, entry in json.loads(file.read_text()).items():
-            assert {"ours", "published", "seconds", "command", "hardware", "torch", "dataset", "budget"} <= set(entry), (file, name)
+            assert {"ours", "published", "seconds", "command", "hardware", "torch", "dataset",
+                    "budget"} <= set(entry), (file, name)
             script, *argv = shlex.split(entry["command"])[1:]
             args = importlib.import_module(Path(script).stem).get_args([*argv, "--device", "cpu"])
             assert args.dataset == entry["dataset"] and args.budget == entry["budget"]

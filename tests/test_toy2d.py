@@ -94,7 +94,7 @@ def test_ebm_objective_is_unbounded_and_at_is_not():
     try:
         unbounded = maximin(s, "gaussian", "uniform", toy2d.ebm_loss, lr=1e-2)[2]
     except toy2d.Diverged as stop:
-        unbounded = stop.gaps
+        unbounded = stop.rows
     assert max(map(abs, unbounded)) > 100 * max(map(abs, bounded))
 
 
@@ -107,7 +107,8 @@ def test_smoke_run_of_every_experiment(tmp_path, outcome):
         assert results[name]["ours"]["sentence"].endswith(".")
 
 
-@pytest.mark.parametrize("flags, says", [(["--data", "moons"], "known: gaussian"), (["--only", "figure9"], "unknown experiment"),
+@pytest.mark.parametrize("flags, says", [(["--data", "moons"], "known: gaussian"),
+                                         (["--only", "figure9"], "unknown experiment"),
                                          (["--m", "0"], "--m"), (["--step", "-1"], "at least 0")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, flags, says):
     code, said = outcome(toy2d, "--budget", "smoke", "--out", tmp_path, *flags)
