@@ -315,7 +315,7 @@ class Lab:
         common.make_net(self.s.net, 1, self.data.shape, self.s.width)
         batches(self.data, self.s.batch, 0, augment=self.s.augment)
         batches(self.p0, self.s.batch, 0, augment=self.s.augment_p0)
-        self.run = Run("at_gen", args)
+        self.run = Run("at_gen", args, p0=self.s.p0)
 
     def load(self, name, split):
         channels = 1 if self.args.dataset in ("glyphs", "mnist", "fashion_mnist") else 3
@@ -450,7 +450,8 @@ def table_2_5(lab):
         right = (logits.argmax(1) == lab.held_out.y[:len(logits)]).sum().item()
         rows["accuracy of the FD-cls network"] = right / len(logits)
         rows["its 95 % interval"] = wilson(right, len(logits))
-    return {**rows, "reference images": min(len(lab.data), lab.s.reference)}
+    return {**rows, "reference images": min(len(lab.data), lab.s.reference),
+            "training seconds": lab.trained[1][-1]["seconds"]}
 
 
 def table_2_9(lab):

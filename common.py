@@ -774,6 +774,7 @@ def parse_args(doc, settings, experiments, argv=None):
         p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE",
                        help=f.metadata.get("help"))
     args = p.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     if args.dataset not in settings:
         raise UserError(f"unknown --dataset '{args.dataset}'; known: {', '.join(sets)}")
     if args.budget not in settings[args.dataset]:
@@ -856,9 +857,9 @@ class Run:
             for file in itertools.chain(*[self.folder.glob(p) for p in
                                           ("*.pt", "*.csv", "*.json", "*.png", "*.tmp")]):
                 file.unlink()
-        self.command = shlex.join(["python", f"{script}.py", *getattr(args, "argv", sys.argv[1:])])
+        self.command = shlex.join(["python", f"{script}.py", *args.argv])
         self.about = {"command": self.command, "hardware": hardware(args.device), "torch": torch.__version__,
-                      "budget": args.budget, "seed": args.seed, "dataset": args.dataset}
+                      "budget": args.budget, "seed": args.seed, "dataset": args.dataset, **about}
         config = {**self.about, "torchvision": torchvision.__version__, "numpy": np.__version__,
                   "matplotlib": matplotlib.__version__, "python": platform.python_version(),
                   "settings": dataclasses.asdict(args.settings)}
