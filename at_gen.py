@@ -593,8 +593,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     lab = Lab(args)
-    entries = {name: lab.run.experiment(name, EXPERIMENTS[name], lab) for name in args.only}
-    lab.run.closing_table(entries)
+    lab.run.closing_table({name: lab.run.experiment(name, EXPERIMENTS[name], lab) for name in args.only})
 
 
 if __name__ == "__main__":

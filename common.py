@@ -845,7 +845,7 @@ def hardware(device):
 class Run:
     """One run's folder OUT/SCRIPT-DATASET: config.json, log*.csv, checkpoints, pictures, results.json."""
 
-    def __init__(self, script, args):
+    def __init__(self, script, args, **about):
         self.script, self.args, self.settings, self.device = (
             script, args, args.settings, torch.device(args.device))
         self.folder = args.out / f"{script}-{args.dataset}"
