@@ -146,6 +146,13 @@ def test_fast_path_agrees_with_the_plain_one(monkeypatch):
     assert not torch.equal(plain["fast"], plain["plain"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_attack_on_a_gpu_agrees_with_the_cpu(exact):
+    f, x = small_net(), torch.rand(8, 1, 28, 28)
+    here = pgd_attack(f, x, 4, 0.3)
+    assert torch.allclose(pgd_attack(f.cuda(), x.cuda(), 4, 0.3).cpu(), here, atol=1e-3)
+
+
 # --- the objective ---
 
 

@@ -30,8 +30,9 @@ def test_adversarial_auc_rises_on_real_images(tmp_path, name, p0):
     """Thirty updates against five-step attacks: f learns what separates data from attacked p0."""
     real(name)
     lab = at_gen.Lab(at_gen.get_args([
-        "--dataset", name, "--budget", "smoke", "--p0", p0, "--data-dir", str(DATA), "--out", str(tmp_path), "--device", "cpu",
-        "--k-min", "5", "--k-max", "5", "--iters-per-k", "30", "--batch", "24", "--log-every", "10", "--fd-every", "0"]))
+        "--dataset", name, "--budget", "smoke", "--p0", p0, "--data-dir", str(DATA), "--out", str(tmp_path),
+        "--device", "cpu", "--k-min", "5", "--k-max", "5", "--iters-per-k", "30", "--batch", "24",
+        "--log-every", "10", "--fd-every", "0"]))
     _, rows = at_gen.train(lab)
     assert rows[-1]["auc_adv"] > rows[0]["auc_adv"] + 0.1
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)

@@ -94,9 +94,50 @@ def test_committed_results_have_their_provenance():
             assert args.dataset == entry["dataset"] and args.budget == entry["budget"]
 
 
+def measured():
+    """README's tables of numbers, made from results/*.json."""
+    lines = []
+    for file in sorted((ROOT / "results").glob("*.json")):
+        groups = {}
+        for name, entry in json.loads(file.read_text()).items():
+            p0 = f", p0 {entry['p0']}" if "p0" in entry else ""
+            made = f"`{entry['command']}` on {entry['hardware']} (torch {entry['torch'].split('+')[0]}{p0})"
+            groups.setdefault(made, []).append((name, entry))
+        lines += [f"### {file.stem}", ""]
+        for made, entries in groups.items():
+            lines += [made, "", "| experiment (seconds) | quantity | ours | published |", "|---|---|---|---|"]
+            for name, entry in entries:
+                keys = [k for k, v in entry["ours"].items() if isinstance(v, (int, float)) or k in entry["published"]]
+                for key in [*keys, *(k for k in entry["published"] if k not in keys)]:
+                    ours = entry["ours"].get(key, "")
+                    ours = f"{ours:.4g}" if isinstance(ours, float) else ours
+                    lines.append(f"| {name} ({entry['seconds']:.0f}) | {key.replace('|', '&#124;')} | {ours} | "
+                                 f"{entry['published'].get(key, '')} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+BLOCK = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.S)
+
+
+def test_readme_shows_the_committed_numbers_and_no_others():
+    """To bring README up to date after new results: python tests/test_repository.py"""
+    assert BLOCK.search((ROOT / "README.md").read_text()).group() == measured()
+
+
+def test_pictures_of_readme_exist():
+    for picture in re.findall(r"\]\((results/[^)]*\.png)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / picture).stat().st_size > 5000
+
+
 def test_tracked_files_are_small():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     sizes = {f: (ROOT / f).stat().st_size for f in listed.stdout.splitlines() if (ROOT / f).exists()}
     assert max(sizes.values()) <= 300_000 and sum(sizes.values()) <= 5_000_000
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(BLOCK.sub(lambda _: measured(), readme.read_text()))
