@@ -87,48 +87,49 @@ class Settings:
     cls_width: float = 1.0
     cls_iters: int = 300         # its updates, batch 128
     log_every: int = 50
-    fd_every: int = 300          # iterations between two Frechet distances in the log (500 samples)
+    fd_every: int = 260          # iterations between two Frechet distances in the log (500 samples)
     save_every: int = 100
     workers: int = 2             # processes that read large pictures
 
     def __post_init__(self):
-        common.at_least_one(self, "side", "batch", "iters_per_k", "images", "reference", "sample_steps",
-                            "cls_iters", "log_every", "save_every")
+        common.at_least(1, self, "batch", "iters_per_k", "sample_steps", "cls_iters", "log_every")
+        common.at_least(2, self, "images", "reference")
+        common.at_least(8, self, "side")
         if self.k_min > self.k_max:
             raise UserError(f"--k-min {self.k_min} is above --k-max {self.k_max}")
 
 
 AT_TEST = "sample_steps sample_step images reference cls_net cls_width cls_iters workers".split()
 GLYPHS = Settings(width=0.5)
-MNIST = Settings(width=0.5, iters_per_k=300, fd_every=900, cls_iters=600)
+MNIST = Settings(width=0.5, iters_per_k=250, fd_every=1000, cls_iters=600)
 CIFAR = Settings(net="resnet50", side=32, batch=32, k_max=25, iters_per_k=7810, step=0.1,  # 5 epochs of 1,562
                  augment="crop", augment_p0="crop", p0="tinyimagenet", sample_steps=32, sample_step=0.2,
                  images=50_000, reference=50_000, cls_net="resnet18", cls_width=0.5, cls_iters=8000,
-                 log_every=500, fd_every=5000, save_every=1000)
+                 log_every=500, fd_every=7810, save_every=1000)
 CELEBA = Settings(net="resblock_d", side=256, batch=40, lr=5e-5, k_max=40, iters_per_k=3750,  # 5 epochs
                   step=2.0, r1=30.0, augment="mild", augment_p0="rrc", p0="imagenet", sample_steps=20,
                   sample_step=8.0, images=50_000, reference=30_000, log_every=100, fd_every=5000, workers=8)
 AFHQ = dataclasses.replace(CELEBA, k_max=25, iters_per_k=6400, r1=100.0, augment="medium",  # 50 epochs
                            sample_steps=14)
 CHURCH = dataclasses.replace(CELEBA, k_max=35, iters_per_k=3944, r1=100.0, augment="medium",  # 1 epoch
-                             batch=32, sample_steps=17)
+                             batch=32, reference=126_227, sample_steps=17)
 
 
 def budgets(paper, quick=None, **smoke):
     """The three budgets of a set. Quick at 256 pixels: 64, where a picture has a quarter of the L2 norm."""
-    quick = quick or dataclasses.replace(paper, side=64, batch=16, iters_per_k=40, images=200, log_every=20,
-                                         step=paper.step / 4, sample_step=paper.sample_step / 4)
+    fewer = dict(side=64, batch=16, iters_per_k=40, images=200, step=paper.step / 4, r1=paper.r1 / 16)
+    quick = quick or dataclasses.replace(paper, sample_step=paper.sample_step / 4, **fewer)
     smoke = dict(k_max=2, iters_per_k=2, batch=4, images=24, reference=64, cls_iters=3, log_every=2,
                  fd_every=4, save_every=2, sample_steps=2, workers=0) | smoke
     return {"smoke": dataclasses.replace(quick, **smoke), "quick": quick, "paper": paper}
 
 
 CIFAR_QUICK = dataclasses.replace(CIFAR, net="resnet18", width=0.5, iters_per_k=300, cls_iters=2000,
-                                  images=5000, save_every=300, reference=10_000, log_every=50, fd_every=1300)
-SETTINGS = {  # glyphs, MNIST and Fashion-MNIST are not in the source: there "paper" means ten times quick
+                                  images=5000, save_every=300, reference=10_000, log_every=50, fd_every=1500)
+SETTINGS = {  # glyphs, MNIST and Fashion-MNIST are not in the source: there "paper" is just longer and wider
     "glyphs": budgets(dataclasses.replace(GLYPHS, width=1.0, iters_per_k=1000), GLYPHS),
-    "mnist": budgets(dataclasses.replace(MNIST, width=1.0, iters_per_k=3000), MNIST),
-    "fashion_mnist": budgets(dataclasses.replace(MNIST, width=1.0, iters_per_k=3000), MNIST),
+    "mnist": budgets(dataclasses.replace(MNIST, width=1.0, iters_per_k=2000), MNIST),
+    "fashion_mnist": budgets(dataclasses.replace(MNIST, width=1.0, iters_per_k=2000), MNIST),
     "cifar10": budgets(CIFAR, CIFAR_QUICK, width=0.125, cls_width=0.125),
     "celebahq": budgets(CELEBA, side=32),
     "afhq_cat": budgets(AFHQ, side=32),
@@ -160,11 +161,6 @@ def pgd_attack(f, x, steps, step, eps=math.inf, sign=1):
             x = x.clamp(0, 1)                                       # ... then the box, which keeps the ball
     f.train(training)
     return x.detach()
-
-
-def generate(f, seeds, steps, step, size=250):
-    """Samples: images of p0 [N, C, H, W], attacked; no noise, deterministic."""
-    return torch.cat([pgd_attack(f, x, steps, step) for x in seeds.split(size)])
 
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -199,9 +195,10 @@ def train(lab, name="f", objective=at_loss, **changes):
     optimizer = torch.optim.Adam(f.parameters(), lr=s.lr, betas=(0.0, 0.99))
 
     made_with = {k: v for k, v in dataclasses.asdict(s).items() if k not in AT_TEST}
-    made_with |= {"objective": objective.__name__, "seed": run.args.seed}
+    made_with |= {"objective": objective.__name__, "seed": run.args.seed, "budget": run.args.budget,
+                  "data": [len(data), len(p0), *data.shape]}
     file = run.folder / f"{name}.pt"
-    state = common.load_checkpoint(file, made_with, device)
+    state = common.load_checkpoint(file, made_with)
     if state:
         f.load_state_dict(state["f"])
         optimizer.load_state_dict(state["optimizer"])
@@ -243,23 +240,23 @@ def train(lab, name="f", objective=at_loss, **changes):
         if in_stage == s.iters_per_k or gated:
             K, in_stage = K + 1, 0
             gate.clear()
-        ended = K > s.k_max or runaway
-        if it % s.log_every == 0 or ended:
+        ended, fd_due = K > s.k_max or runaway, s.fd_every and it % s.fd_every == 0
+        if it % s.log_every == 0 or not in_stage or fd_due or ended:
             with torch.no_grad():
                 f_data, f_p0 = f(torch.cat([x, x0]))[:, 0].float().chunk(2)     # an extra pass on clean p0
             means = [sum(column) / len(sums) for column in zip(*sums)]
             row |= dict(zip(("loss", "f_data", "f_adv", "auc_adv", "moved", "r1"), means))
             row |= {"f_p0": f_p0.mean().item(), "auc_p0": auroc(f_data, f_p0), "fd": math.nan}
-            if s.fd_every and (it % s.fd_every == 0 or ended) and lab.features and not runaway:
+            if s.fd_every and (fd_due or ended) and lab.features and not runaway:
                 start = time.time()
-                row["fd"] = lab.frechet(lab.generate(f, n=500))
+                row["fd"] = lab.frechet(lab.samples(f, n=500))
                 log.start += time.time() - start                               # the log's clock is training's
             log.add(it, share=(gradients + 6 * it) / work, **row)
             sums = []
         if runaway:
             raise Diverged(f"training diverged at update {it}: loss {means[0]:.3g}, f(data) {means[1]:.3g}, "
                            f"f(attacked p0) {means[2]:.3g}; try a lower --lr or a larger --r1", log.rows)
-        if it % s.save_every == 0 or ended:
+        if it % max(s.save_every, 1) == 0 or ended:
             common.save_checkpoint(file, made_with, f=f.state_dict(), optimizer=optimizer.state_dict(), it=it,
                                    K=K, in_stage=in_stage, gradients=gradients, rows=log.rows, sums=sums,
                                    gate=list(gate))
@@ -274,7 +271,7 @@ def auroc(positive, negative):
     ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive)
     up_to = torch.searchsorted(ordered, positive, right=True)
-    return (below + up_to).double().mean().item() / 2 / len(negative)
+    return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -283,13 +280,6 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return ((mean1 - mean2).pow(2).sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
-
-
-def wilson(successes, n):
-    """95 % Wilson interval [low, high] of a rate."""
-    z, p = 1.959964, successes / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
 def inception_score(logits):
@@ -304,22 +294,24 @@ class Lab:
 
     def __init__(self, args):
         self.args, self.s = args, args.settings
-        self.data, self.held_out = self.load(args.dataset, "train"), self.load(args.dataset, "test")
+        self.data = self.load(args.dataset, "train")
         self.p0 = self.load_p0(self.s.p0)
         self.classes = common.IN_MEMORY.get(args.dataset, (0, 0, 0))[2]
         self.inception = self.data.shape[0] == 3 and common.InceptionFeatures.at_hand(args.data_dir)
         self.features = bool(self.inception or self.classes)  # no labels and no Inception: no distance
         self.fd, self.inc = ("FID", "IS") if self.inception else ("FD-cls", "IS-cls")
-        self.classifier = self.s.cls_net, self.s.cls_width, self.s.cls_iters
-        self.seeds  # whatever can be wrong with the settings is said before any work
+        self.held_out = self.load(args.dataset, "test") if self.classes else None
+        self.choose_seeds()  # whatever can be wrong with the settings is said before any work
         common.make_net(self.s.net, 1, self.data.shape, self.s.width)
+        if not hasattr(common.make_net(self.s.cls_net, 2, self.data.shape, self.s.cls_width), "features"):
+            raise UserError(f"--cls-net {self.s.cls_net} has no features; take mnist_cnn or resnet18")
         batches(self.data, self.s.batch, 0, augment=self.s.augment)
         batches(self.p0, self.s.batch, 0, augment=self.s.augment_p0)
         self.run = Run("at_gen", args, p0=self.s.p0)
 
     def load(self, name, split):
         channels = 1 if self.args.dataset in ("glyphs", "mnist", "fashion_mnist") else 3
-        return load_images(name, split, self.args.data_dir, channels, self.s.side)
+        return load_images(name, split, self.args.data_dir, channels, self.s.side).to(self.args.device)
 
     def load_p0(self, name, split="train"):
         """A data set, or its first n classes where the name is NAME:n."""
@@ -331,43 +323,58 @@ class Lab:
             raise UserError(f"--p0 {name}:{first}: expected NAME:n, the first n classes of a labelled set")
         return Images(p0.x[p0.y < int(first)], p0.y[p0.y < int(first)], f"{name}:{first}")
 
-    @functools.cached_property
-    def seeds(self):
-        """The p0 images [N, C, H, W] that become samples, from the test split where that has so many."""
+    def choose_seeds(self):
+        """The p0 images that become samples: a fixed random choice, of the test split if it is big enough."""
         held_out = self.load_p0(self.s.p0, "test")
-        pool = held_out if len(held_out) >= self.s.images else self.p0
-        if len(pool) < self.s.images:
-            raise UserError(f"--images {self.s.images}: p0 {self.s.p0} has only {len(pool)}")
-        return pool.take(slice(0, self.s.images)).to(self.args.device)
+        self.pool = held_out if len(held_out) >= self.s.images else self.p0
+        if len(self.pool) < self.s.images:
+            raise UserError(f"--images {self.s.images}: p0 {self.s.p0} has only {len(self.pool)}")
+        self.chosen = common.shuffled(len(self.pool), 0)[:self.s.images]
+
+    def slices(self, data, index, size=250):
+        """Images of these indices, slice by slice: 50,000 large pictures do not fit in memory."""
+        return (data.take(i).to(self.args.device) for i in index.split(size))
+
+    def seeds(self, n):
+        """The first n images that become samples [n, C, H, W]."""
+        return self.pool.take(self.chosen[:n]).to(self.args.device)
+
+    def samples(self, f, steps=None, step=None, n=None):
+        """What the (first n) seeds become, slice by slice; by default as Tab. 2.4 has it."""
+        steps, step = steps or self.s.sample_steps, step or self.s.sample_step
+        return (pgd_attack(f, x, steps, step) for x in self.slices(self.pool, self.chosen[:n]))
 
     @functools.cached_property
     def network(self):
         """The network whose .features give the Frechet distance."""
         if self.inception:
             return common.InceptionFeatures(self.inception).to(self.args.device)
-        return common.train_classifier(self.run, self.data, self.classes, *self.classifier)
+        made = self.s.cls_net, self.s.cls_width, self.s.cls_iters
+        return common.train_classifier(self.run, self.data, self.classes, *made)
 
     @torch.no_grad()
-    def statistics(self, images, limit=None, size=250):
-        """Mean [d], covariance [d, d], logits [N, classes] of a tensor, or of a data set read in slices."""
-        parts = images.split(size) if torch.is_tensor(images) else (
-            images.take(slice(i, i + size)) for i in range(0, min(len(images), limit), size))
-        z = torch.cat([self.network.features(part.to(self.args.device)) for part in parts])
-        logits = self.network.head(z).cpu()
-        z = z.double().cpu()
-        return z.mean(0), torch.cov(z.T), logits
+    def statistics(self, parts):
+        """Mean [d], covariance [d, d], logits [N, classes] of an iterable of image batches."""
+        z, logits = [], []
+        for x in parts:
+            z.append(self.network.features(x))
+            logits.append(self.network.head(z[-1]).cpu())
+            z[-1] = z[-1].cpu().double()
+        z = torch.cat(z)
+        return z.mean(0), torch.cov(z.T), torch.cat(logits)
 
     @functools.cached_property
     def reference(self):
-        return self.statistics(self.data, self.s.reference)[:2]
+        index = torch.arange(min(self.s.reference, len(self.data)))
+        return self.statistics(self.slices(self.data, index))[:2]
 
-    def frechet(self, images):
-        return frechet_distance(*self.reference, *self.statistics(images)[:2])
+    def frechet(self, parts):
+        return frechet_distance(*self.reference, *self.statistics(parts)[:2])
 
     def expected_seconds(self, f, batch, work):
         """Seconds that `work` attack gradients of one batch take, from timing two of them."""
         x = self.p0.take(slice(0, batch)).to(self.args.device)
-        pgd_attack(f, x, 1, 0.0)
+        pgd_attack(f, x, 1, 0.0).sum().item()
         start = time.time()
         pgd_attack(f, x, 2, 0.0).sum().item()
         return work * (time.time() - start) / 2
@@ -382,14 +389,6 @@ class Lab:
     def f(self):
         return self.trained[0]
 
-    def generate(self, f, steps=None, step=None, n=None):
-        """Samples from the first n seeds, by default as Tab. 2.4 has it."""
-        return generate(f, self.seeds[:n], steps or self.s.sample_steps, step or self.s.sample_step)
-
-    @functools.cached_property
-    def samples(self):
-        return self.generate(self.f)
-
     def save(self, figure, name):
         figure.savefig(self.run.folder / f"{name}.png", dpi=110)
         plt.close(figure)
@@ -401,22 +400,20 @@ class Lab:
 def figure_2_7(lab):
     """Figures 2.7 and 2.8: images of p0 above and, below, in the same places, the samples they turn into."""
     figure, axes = plt.subplots(2, 1, figsize=(8, 5.2), layout="constrained")
-    picture_grid(axes[0], lab.seeds[:60], 15, f"source images ({lab.p0.name})")
-    picture_grid(axes[1], lab.samples[:60], 15, f"samples: {lab.s.sample_steps} PGD steps up f, uncurated")
+    picture_grid(axes[0], lab.seeds(60), 15, f"source images ({lab.p0.name})")
+    samples = pgd_attack(lab.f, lab.seeds(60), lab.s.sample_steps, lab.s.sample_step)
+    picture_grid(axes[1], samples, 15, f"samples: {lab.s.sample_steps} PGD steps up f, uncurated")
     lab.save(figure, "figure2.7")
-    data = lab.data.take(slice(0, 250)).to(lab.args.device)
-    sets = {"p0": lab.seeds[:250], "samples": lab.samples[:250], "data": data}
-    with torch.no_grad():
-        return {f"mean f of {name}": lab.f(x).mean().item() for name, x in sets.items()}
+    sets = {"p0": lab.seeds(60), "samples": samples, "data": lab.data.take(slice(0, 60)).to(lab.args.device)}
+    return {f"mean f of {name}": lab.f(x).mean().item() for name, x in sets.items()}
 
 
 def sweep(lab):
     """A strip: each row an image of p0 on its way; columns by displacement budget, steps x size."""
     steps = [round(share * lab.s.sample_steps) for share in (0, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4)]
     budgets = [f"{count * lab.s.sample_step:.3g}" for count in steps]
-    path = [generate(lab.f, lab.seeds[:10], count, lab.s.sample_step) for count in steps]
-    with torch.no_grad():
-        numbers = {f"mean f at budget {budget}": lab.f(x).mean().item() for budget, x in zip(budgets, path)}
+    path = [pgd_attack(lab.f, lab.seeds(10), count, lab.s.sample_step) for count in steps]
+    numbers = {f"mean f at budget {budget}": lab.f(x).mean().item() for budget, x in zip(budgets, path)}
     figure, axis = plt.subplots(figsize=(7, 7.4), layout="constrained")
     picture_grid(axis, torch.stack(path, 1).flatten(0, 1), len(steps), "images of p0, by displacement budget")
     axis.axis("on")
@@ -440,31 +437,33 @@ def no_distance(function):
 @no_distance
 def table_2_5(lab):
     """Frechet distance and inception score of p0 images, of the samples they turn into, of held-out data."""
-    rows, held_out = {}, lab.held_out.take(slice(0, lab.s.images)).to(lab.args.device)
-    for name, x in {"p0": lab.seeds, "samples": lab.samples, "held-out data": held_out}.items():
-        mean, cov, logits = lab.statistics(x)
+    rows, index = {}, torch.arange(min(lab.s.images, len(lab.held_out)))
+    sets = {"p0": lab.slices(lab.pool, lab.chosen), "samples": lab.samples(lab.f),
+            f"held-out data, n = {len(index)}": lab.slices(lab.held_out, index)}
+    for name, parts in sets.items():
+        mean, cov, logits = lab.statistics(parts)
         rows[f"{lab.fd} {name}"] = frechet_distance(*lab.reference, mean, cov)
         rows[f"{lab.inc} {name}"] = inception_score(logits)
     rows[f"{lab.fd} samples / p0"] = rows[f"{lab.fd} samples"] / rows[f"{lab.fd} p0"]
-    if not lab.inception:
-        right = (logits.argmax(1) == lab.held_out.y[:len(logits)]).sum().item()
+    if not lab.inception:  # the last set's logits
+        right = (logits.argmax(1) == lab.held_out.y[:len(logits)].cpu()).sum().item()
         rows["accuracy of the FD-cls network"] = right / len(logits)
-        rows["its 95 % interval"] = wilson(right, len(logits))
+        rows["its 95 % interval"] = common.wilson(right, len(logits))
     return {**rows, "reference images": min(len(lab.data), lab.s.reference),
             "training seconds": lab.trained[1][-1]["seconds"]}
 
 
 def table_2_9(lab):
     """PGD steps an image gets in training and at test time."""
-    return {"steps (train, last stage)": lab.s.k_max, "steps (test)": lab.s.sample_steps}
+    return {"training steps": lab.s.k_max, "test steps": lab.s.sample_steps}
 
 
 def table_2_10(lab):
     """Seconds to generate 50 samples in one batch, the best of three after a warm-up."""
-    x, seconds = lab.seeds[:50], []
+    x, seconds = lab.seeds(50), []
     for steps in (1, *3 * [lab.s.sample_steps]):
         start = time.time()
-        generate(lab.f, x, steps, lab.s.sample_step).sum().item()  # .item() waits for the device
+        pgd_attack(lab.f, x, steps, lab.s.sample_step).sum().item()  # .item() waits for the device
         seconds.append(time.time() - start)
     return {"steps": lab.s.sample_steps, f"seconds for {len(x)} samples": min(seconds[1:])}
 
@@ -474,9 +473,9 @@ def table_2_11(lab):
     """The same total displacement in twice, once and half the steps."""
     rows = {}
     for factor in (2, 1, 0.5):
-        steps, step = max(round(lab.s.sample_steps * factor), 1), lab.s.sample_step / factor
-        x = lab.samples if factor == 1 else lab.generate(lab.f, steps, step)
-        rows[f"{lab.fd} {steps} x {step:g}"] = lab.frechet(x)
+        steps = max(round(lab.s.sample_steps * factor), 1)
+        step = lab.s.sample_steps * lab.s.sample_step / steps
+        rows[f"{lab.fd} {steps} x {step:g}"] = lab.frechet(lab.samples(lab.f, steps, step))
     return rows
 
 
@@ -490,11 +489,10 @@ def figure_2_3(lab):
     rows, pictures = {}, []
     for name in P0_SWEEP.get(lab.args.dataset, (lab.s.p0, "noise")):
         f = lab.f if name == lab.s.p0 else train(lab, f"p0-{name.replace(':', '-')}", p0=name)[0]
-        x = lab.generate(f)
-        rows[f"{lab.fd} trained with p0 = {name}"] = lab.frechet(x)
-        pictures.append(x[:40])
+        rows[f"{lab.fd} trained with p0 = {name}"] = lab.frechet(lab.samples(f))
+        pictures.append(next(lab.samples(f, n=40)))
     figure, axes = plt.subplots(len(rows) + 1, 1, figsize=(8, 1.1 * len(rows) + 1.3), layout="constrained")
-    picture_grid(axes[0], lab.seeds[:40], 20, "source images, the same for all")
+    picture_grid(axes[0], lab.seeds(40), 20, "source images, the same for all")
     for axis, x, (name, value) in zip(axes[1:], pictures, rows.items()):
         picture_grid(axis, x, 20, f"{name.split(' ', 1)[1]}: {lab.fd} {value:.1f}")
     lab.save(figure, "figure2.3")
@@ -511,7 +509,7 @@ def fixed_k(lab, K):
 def figure_2_4(lab):
     """Frechet distance against a fixed K (Algorithm 1), the same number of updates each."""
     ks = [k for k in (1, 5, 10) if k < lab.s.k_max] + [lab.s.k_max]
-    rows = {f"{lab.fd} K = {K}": lab.frechet(lab.generate(fixed_k(lab, K)[0])) for K in ks}
+    rows = {f"{lab.fd} K = {K}": lab.frechet(lab.samples(fixed_k(lab, K)[0])) for K in ks}
     figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     axis.plot(ks, list(rows.values()), "o-")
     axis.set(xlabel="K (fixed)", ylabel=f"{lab.fd} ({lab.s.images} samples)", ylim=(0, None))
@@ -563,23 +561,25 @@ def stability(lab):
     return rows
 
 
-PUBLISHED_2_5 = {"FID samples": 13.21, "IS samples": 9.10}
-PUBLISHED_2_11 = {"FID 64 x 0.1": 13.07, "FID 32 x 0.2": 13.21, "FID 16 x 0.4": 13.49}
-EXPERIMENTS = {  # published: CIFAR-10 with the source's p0; figures 2.3 to 2.5 print no numbers
+PUBLISHED_2_5 = {"cifar10": {"FID samples": 13.21, "IS samples": 9.10}, "celebahq": {"FID samples": 17.31},
+                 "afhq_cat": {"FID samples": 13.35}, "lsun_church": {"FID samples": 14.87}}  # and Tab. 2.6
+PUBLISHED_2_9 = {name: {"training steps": k, "test steps": n} for name, k, n in
+                 (("cifar10", 25, 32), ("celebahq", 40, 20))}
+PUBLISHED_2_10 = {"cifar10": {"steps": 32, "seconds for 50 samples": "2.34 (RTX 2080 Ti)"}}
+PUBLISHED_2_11 = {"cifar10": {"FID 64 x 0.1": 13.07, "FID 32 x 0.2": 13.21, "FID 16 x 0.4": 13.49},
+                  "celebahq": {"FID 40 x 4": 19.19, "FID 20 x 8": 18.97, "FID 10 x 16": 19.19}}
+EXPERIMENTS = {  # figures 2.3 to 2.5 of the source print no numbers
     "table2.5": Experiment(table_2_5, "Frechet distance, inception score", "", True, PUBLISHED_2_5),
-    "table2.10": Experiment(table_2_10, "seconds for 50 samples", "", True,
-                            {"steps": 32, "seconds for 50 samples": "2.34 (RTX 2080 Ti)", "VAEBM": 8.79,
-                             "NCSN": 107.9}),
+    "table2.10": Experiment(table_2_10, "seconds for 50 samples", "", True, PUBLISHED_2_10),
     "table2.11": Experiment(table_2_11, "number of steps against their length", "", True, PUBLISHED_2_11),
     "figure2.7": Experiment(figure_2_7, "sources and samples", "", True),
     "sweep": Experiment(sweep, "samples by displacement budget", "", True),
-    "table2.9": Experiment(table_2_9, "PGD steps in training and test", "", False,
-                           {"steps (train, last stage)": 25, "steps (test)": 32}),
+    "table2.9": Experiment(table_2_9, "PGD steps in training and test", "", False, PUBLISHED_2_9),
     "figure2.3": Experiment(figure_2_3, "diversity of p0", ""),
     "figure2.4": Experiment(figure_2_4, "fixed K", ""),
     "figure2.5": Experiment(figure_2_5, "progressive against fixed K", ""),
     "stability": Experiment(stability, "AT objective against EBM objective (2.5.6)", "", False,
-                            {"largest |f(x) - f(x*)|, EBM, lr 1e-6": "overflows"}),
+                            {"cifar10": {"largest |f(x) - f(x*)|, EBM, lr 1e-6": "overflows"}}),
 }
 
 

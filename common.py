@@ -16,11 +16,13 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -277,7 +279,7 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
     elif name == "tinyimagenet":
         if not (data_dir / "tiny-imagenet-200" / "train").is_dir():
             raise UserError(f"tinyimagenet: put {file} or the unpacked folder "
-                            f"{data_dir / 'tiny-imagenet-200'} there")
+                            f"{data_dir / 'tiny-imagenet-200'} there (unpack cs231n.stanford.edu's zip)")
         x, y = read_tiny_imagenet(data_dir / "tiny-imagenet-200", split)
     else:
         x, y = download(name, split, data_dir)
@@ -291,11 +293,15 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
 
 
 def image_files(folder, split):
-    """Sorted image files below folder/SPLIT (or below folder itself where it has no such sub-folder)."""
-    folder = folder / split if (folder / split).is_dir() else folder
+    """Sorted image files of folder/train, or of folder/test or val; of the whole folder where it has none."""
+    parts = {"train": ["train"], "test": ["test", "val"]}
+    if any((folder / name).is_dir() for names in parts.values() for name in names):
+        inside = next((folder / name for name in parts[split] if (folder / name).is_dir()), None)
+        if inside is None:
+            raise UserError(f"{folder}: no {split} split (no sub-folder {' or '.join(parts[split])})")
+        folder = inside
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; put the images there "
-                        "(png, jpg or webp, in any sub-folders)")
+        raise UserError(f"{folder}: no such folder; put png, jpg or webp images there, in any sub-folders")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files:
         raise UserError(f"{folder}: no png, jpg or webp image in it")
@@ -323,7 +329,7 @@ def picture_tensor(picture, side, crop="none", seed=0, mask=False):
     """
     mode = InterpolationMode.NEAREST if mask else InterpolationMode.BILINEAR
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU generator alone, which fork_rng restores
         scale, ratio, probability = CROPS.get(crop, (None, None, 0))
         if torch.rand(()) < probability:
             box = RandomResizedCrop.get_params(picture, scale, ratio)
@@ -419,8 +425,11 @@ def draw_batches(images, size, seed, start, augment, device, workers):
     keys = ([(int(i), augment, seed + 31 * t + 7 * j) for j, i in enumerate(index(t))]
             for t in itertools.count(start))
     loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers)
-    for t, x in zip(itertools.count(start), loader):
-        yield x.to(device).float() / 255, index(t)
+    try:
+        for t, x in zip(itertools.count(start), loader):
+            yield x.to(device).float() / 255, index(t)
+    except UserError as error:  # a worker's comes with its traceback as text: take the last line
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
 
 
 # --- 2. networks --------------------------------------------------------------------------------------------
@@ -608,7 +617,10 @@ def make_net(name, outputs, shape, width=1.0):
             "resblock_d": lambda: ResBlockD(side, outputs, c)}
     if name not in made:
         raise UserError(f"unknown network '{name}'; known: {', '.join(made)}")
-    return made[name]()
+    try:
+        return made[name]()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        raise UserError(f"no {name} of width {width} for images {tuple(shape)}: {error}") from None
 
 
 @torch.enable_grad()  # also when the first use of the features stands inside no_grad
@@ -621,9 +633,10 @@ def train_classifier(run, data, classes, net, width, iterations):
     model = make_net(net, classes, data.shape, width).to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(iterations, 4))
-    made_with = {"net": net, "width": width, "iterations": iterations, "seed": run.args.seed}
+    made_with = {"net": net, "width": width, "iterations": iterations, "seed": run.args.seed,
+                 "budget": run.args.budget, "images": [len(data), *data.shape]}
     file, every = run.folder / "classifier.pt", max(iterations // 5, 1)
-    state = load_checkpoint(file, made_with, run.device) or {"it": 0, "rows": []}
+    state = load_checkpoint(file, made_with) or {"it": 0, "rows": []}
     if state["it"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -655,7 +668,7 @@ def train_classifier(run, data, classes, net, width, iterations):
 def fast_precision(device):
     """bfloat16 autocast where the processor has matrix units for it (GPU, AMX, AVX512-BF16), else a no-op."""
     kind = torch.device(device).type
-    has = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and any(
+    has = torch.cuda.get_device_capability(device)[0] >= 8 if kind == "cuda" else kind == "cpu" and any(
         getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.autocast(kind, dtype=torch.bfloat16) if has else contextlib.nullcontext()
 
@@ -678,7 +691,7 @@ def save_checkpoint(file, made_with, **state):
     os.replace(scratch, file)
 
 
-def load_checkpoint(file, made_with, device="cpu"):
+def load_checkpoint(file, made_with):
     """The dict that save_checkpoint wrote, or None without a file; restores the generators' states.
 
     UserError when the file is unreadable, or was made with other settings than `made_with` (it says which).
@@ -686,11 +699,15 @@ def load_checkpoint(file, made_with, device="cpu"):
     if not Path(file).exists():
         return None
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         then, rng = state["made_with"], state["rng"]
     except Exception as error:
         raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}); "
                         "--fresh starts over") from None
+    if then.get("budget") == "smoke" != made_with.get("budget"):
+        print(f"{file} is from a smoke run: starting over")
+        return None
+    then, made_with = ({k: v for k, v in d.items() if k != "budget"} for d in (then, made_with))
     other = [f"{k} {then.get(k)} (now {made_with.get(k)})" for k in {**then, **made_with}
              if then.get(k) != made_with.get(k)]
     if other:
@@ -698,7 +715,7 @@ def load_checkpoint(file, made_with, device="cpu"):
                         "use the same settings, --fresh, or another --out")
     torch.set_rng_state(rng["cpu"].cpu())
     if rng["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]])
+        torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]][:torch.cuda.device_count()])
     return state
 
 
@@ -722,11 +739,17 @@ def whole(text):
     return int(text)
 
 
-def at_least_one(settings, *names):
-    """UserError where one of these settings is below 1."""
+def at_least(least, settings, *names):
+    """UserError where one of these settings is below `least`."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+
+
+def comments_of(cls):
+    """The comment behind each field of a dataclass: the help of its flag."""
+    found = re.findall(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", inspect.getsource(cls), re.M)
+    return {name: comment.replace("%", "%%") for name, comment in found}
 
 
 class Parser(argparse.ArgumentParser):
@@ -741,7 +764,7 @@ class Experiment:
     shows: str
     cost: str = ""
     headline: bool = False
-    published: dict = dataclasses.field(default_factory=dict)
+    published: dict = dataclasses.field(default_factory=dict)  # data set: {quantity: number}
 
 
 def parse_args(doc, settings, experiments, argv=None):
@@ -762,19 +785,22 @@ def parse_args(doc, settings, experiments, argv=None):
     p.add_argument("--out", type=Path, default=Path("runs"),
                    help="where the run's folder is made (default: runs)")
     p.add_argument("--seed", type=whole, default=0, help="of everything random (default: 0)")
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     p.add_argument("--fresh", action="store_true",
                    help="start over: drop this run's checkpoints, log and results")
-    fields = dataclasses.fields(next(iter(next(iter(settings.values())).values())))
+    any_settings = next(iter(next(iter(settings.values())).values()))
+    fields, comments = dataclasses.fields(any_settings), comments_of(type(any_settings))
     for f in fields:
         if f.name in ("images", "seed"):  # common to all scripts, above
             continue
         kind = {"int": whole, "float": number, "str": str}[
             f.type if isinstance(f.type, str) else f.type.__name__]
         p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE",
-                       help=f.metadata.get("help"))
+                       help=comments.get(f.name))
     args = p.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
+    if args.seed >= 2 ** 31:
+        raise UserError("--seed must be below 2147483648")
     if args.dataset not in settings:
         raise UserError(f"unknown --dataset '{args.dataset}'; known: {', '.join(sets)}")
     if args.budget not in settings[args.dataset]:
@@ -802,9 +828,9 @@ def print_list(experiments):
     """--list: one line an experiment, headline ones marked, published numbers below."""
     for name, e in experiments.items():
         print(f"{'*' if e.headline else ' '} {name:12} {e.shows}" + (f" [{e.cost}]" if e.cost else ""))
-        if e.published:
-            print(" " * 15 + "published: " + ", ".join(f"{k} {v}" for k, v in e.published.items()))
-    print("* runs without --only")
+        for dataset, numbers in e.published.items():
+            print(" " * 15 + f"published, {dataset}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
+    print("* runs without --only; [time on two cores of an AMD EPYC, default data set, budget quick]")
 
 
 def call(main):
@@ -816,12 +842,19 @@ def call(main):
     except Diverged as error:
         sys.exit(complain(error, 1))
     except KeyboardInterrupt:
-        sys.exit(complain("interrupted; the same command goes on from the last checkpoint", 130))
+        sys.exit(complain("interrupted; the same command, less --fresh, goes on where it was", 130))
 
 
 def complain(error, code):
     print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
     return code
+
+
+def wilson(successes, n):
+    """95 % Wilson interval [low, high] of a rate."""
+    z, p = 1.959964, successes / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
 def picture_grid(axis, x, columns, title):
@@ -860,18 +893,24 @@ class Run:
         self.command = shlex.join(["python", f"{script}.py", *args.argv])
         self.about = {"command": self.command, "hardware": hardware(args.device), "torch": torch.__version__,
                       "budget": args.budget, "seed": args.seed, "dataset": args.dataset, **about}
+        if not (self.folder / "config.json").exists():
+            self.write_config()
+
+    def write_config(self):
+        """config.json: settings, command, versions, device of the last run that was not refused."""
         config = {**self.about, "torchvision": torchvision.__version__, "numpy": np.__version__,
                   "matplotlib": matplotlib.__version__, "python": platform.python_version(),
-                  "settings": dataclasses.asdict(args.settings)}
+                  "settings": dataclasses.asdict(self.settings)}
         write_text(self.folder / "config.json", json.dumps(config, indent=1, default=str) + "\n")
-        torch.manual_seed(args.seed)
 
     def experiment(self, name, e, *arguments):
         """Run one experiment, put its numbers into results.json beside the published ones; returns them."""
         print(f"\n{name}: {e.shows}", flush=True)
+        torch.manual_seed(self.args.seed)  # an experiment does not depend on those before it
         start = time.time()
         ours = e.function(*arguments)
-        entry = {"ours": ours, "published": e.published, "shows": e.shows,
+        self.write_config()
+        entry = {"ours": ours, "published": e.published.get(self.args.dataset, {}), "shows": e.shows,
                  "seconds": round(time.time() - start, 1), **self.about}
         file = self.folder / "results.json"
         try:

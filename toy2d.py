@@ -65,7 +65,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        common.at_least_one(self, "width", "m", "updates", "rounds", "inner", "particles", "images")
+        common.at_least(1, self, "width", "m", "updates", "rounds", "inner", "particles", "images")
 
 
 QUICK = Settings()
@@ -355,7 +355,7 @@ def stability_2d(lab):
     gaps = [v for k, v in numbers.items() if k.startswith("largest")]
     sentence = (f"The same attack, two objectives: the gap stays below {gaps[0]:.2g} under AT and reaches "
                 f"{gaps[1]:.3g} under the EBM objective, whose gradient lacks the factors 1 - sigmoid(f) and "
-                f"sigmoid(f) of Eq. 2.18; at a hundredth of the learning rate it came to {gaps[2]:.2g} in as many.")
+                f"sigmoid(f) of Eq. 2.18; at a hundredth of the learning rate it comes to {gaps[2]:.2g}.")
     return {**numbers, "sentence": finish(lab, figure, "stability", sentence)}
 
 
@@ -409,17 +409,18 @@ def energies(lab):
             draw(axis, f, x, chains, f"{label} energy, {steps} steps")
             numbers[f"energy distance after {steps} steps, {label} energy"] = energy_distance(chains, x)
     short, late, settled, later = numbers.values()
-    sentence = (f"The short-run energy makes data in the 5 steps of its training (energy distance {short:.3f}) "
+    sentence = (f"The short-run energy makes data in its 5 training steps (energy distance {short:.3f}) "
                 f"and loses them in longer chains ({late:.3f}); the long-run energy's stay ({settled:.3f}, "
                 f"{later:.3f}).")
     return {**numbers, "sentence": finish(lab, figure, "energies", sentence)}
 
 
+OPTIMUM = {"mean D on the support, uniform p0": "1/2", "U, uniform p0": "-log 4 = -1.386"}  # Proposition 1
 EXPERIMENTS = {
     "figure2.1": Experiment(figure_2_1, "maximin (Alg. 1): D for uniform and for corner p0", "", True,
-                            {"mean D on the support, uniform p0": "1/2", "U, uniform p0": "-log 4 = -1.386"}),
+                            {"gaussian": OPTIMUM}),
     "figure2.2": Experiment(figure_2_2, "minimax (Alg. 2): particles become the data", "", True,
-                            {"mean D on the support, uniform p0": "1/2", "U, uniform p0": "-log 4 = -1.386"}),
+                            {"gaussian": OPTIMUM}),
     "stability": Experiment(stability_2d, "PGD with the EBM objective diverges (2.5.6)", ""),
     "samplers": Experiment(samplers, "density against support: Langevin and PGD (Tab. 2.1)", ""),
     "energies": Experiment(energies, "short-run against long-run energies", ""),

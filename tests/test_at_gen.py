@@ -219,12 +219,6 @@ def test_inception_score_bounds():
     assert math.isclose(inception_score(torch.eye(10).repeat(5, 1) * 100), 10.0, rel_tol=1e-6)
 
 
-def test_wilson_interval():
-    low, high = at_gen.wilson(8, 10)  # Wilson 1927's formula, 95 %
-    assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)
-    assert at_gen.wilson(10, 10)[1] <= 1 + 1e-12
-
-
 # --- training ---
 
 
@@ -331,7 +325,7 @@ def test_training_separates_data_from_attacked_p0(tmp_path):
     f, rows = at_gen.train(lab)
     assert rows[-1]["auc_p0"] > 0.8
     with torch.no_grad():
-        assert (f(lab.generate(f)) > f(lab.seeds)).all()
+        assert (f(torch.cat(list(lab.samples(f)))) > f(lab.seeds(24))).all()
 
 
 # --- the script ---
@@ -368,6 +362,26 @@ def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome):
     assert (tmp_path / "at_gen-celebahq" / "figure2.7.png").exists()
 
 
+def test_fid_with_inception_features(tmp_path, write_npz, outcome):
+    """Where Inception's weights are at hand (here: random ones) the table speaks of FID and trains no classifier."""
+    folder = write_npz("cifar10")
+    torch.save(common.InceptionFeatures().net.state_dict() | {"fc.weight": torch.randn(1000, 2048) / 45,
+                                                              "fc.bias": torch.zeros(1000)},
+               folder / common.InceptionFeatures.FILE)
+    assert outcome(at_gen, "--dataset", "cifar10", "--budget", "smoke", "--p0", "noise", "--data-dir", folder, "--out",
+                   tmp_path, "--device", "cpu", "--images", 4, "--reference", 4, "--only", "table2.5") == (0, "")
+    ours = json.loads((tmp_path / "at_gen-cifar10" / "results.json").read_text())["table2.5"]["ours"]
+    assert ours["FID p0"] > 0 and 1 <= ours["IS samples"] < 1000 and not any("cls" in key for key in ours)
+    assert not (tmp_path / "at_gen-cifar10" / "classifier.pt").exists()
+
+
+def test_a_smoke_run_gives_way_to_a_real_one(tmp_path, capsys):
+    at_gen.train(lab_for(tmp_path))
+    lab = lab_for(tmp_path, "--iters-per-k", 1)
+    lab.args.budget = "quick"
+    assert len(at_gen.train(lab)[1]) > 0 and "starting over" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--dataset", "nist"], "known: glyphs"),
     (["--budget", "huge"], "known for glyphs: smoke, quick, paper"),
@@ -376,6 +390,12 @@ def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome):
     (["--eps", "8/x"], "8/255"),
     (["--k-max", "2.5"], "whole number"),
     (["--batch", "0"], "--batch"),
+    (["--images", "1"], "--images must be at least 2"),
+    (["--side", "3"], "--side must be at least 8"),
+    (["--width", "inf"], "no plain of width inf"),
+    (["--seed", "99999999999"], "--seed must be below"),
+    (["--cls-net", "plain"], "has no features"),
+    (["--k-min", "9"], "above --k-max"),
     (["--images", "10000000"], "has only"),
     (["--p0", "letters:0"], "first n classes"),
     (["--p0", "nosuch"], "unknown data set 'nosuch'"),

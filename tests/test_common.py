@@ -214,6 +214,25 @@ def iter_x(stream):
     return (x for x, _ in stream)
 
 
+def test_held_out_pictures_are_not_training_pictures(pictures):
+    folder = pictures / "celebahq"
+    (folder / "train").mkdir()
+    (folder / "0.png").rename(folder / "train" / "0.png")
+    with pytest.raises(UserError, match="no test split"):
+        load_images("celebahq", "test", pictures)
+    (folder / "val").mkdir()
+    (folder / "2.webp").rename(folder / "val" / "2.webp")
+    assert [len(load_images("celebahq", split, pictures)) for split in ("train", "test")] == [1, 1]
+
+
+def test_unreadable_picture_in_a_worker_is_one_line(pictures):
+    (pictures / "celebahq" / "0.png").write_bytes(b"torn")
+    data = load_images("celebahq", "train", pictures, side=16)
+    with pytest.raises(UserError) as caught:
+        next(batches(data, 5, 0, workers=1))
+    assert "0.png: unreadable image" in str(caught.value) and len(str(caught.value)) < 300
+
+
 def test_folder_errors(tmp_path, pictures):
     with pytest.raises(UserError, match="no such folder"):
         load_images("afhq_cat", "train", tmp_path)
@@ -352,6 +371,44 @@ def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_checkpoint(file, {}, it=2)
     assert load_checkpoint(file, {})["it"] == 1
+
+
+def test_wilson_interval():
+    low, high = common.wilson(8, 10)  # Wilson 1927, 95 %
+    assert abs(low - 0.4902) < 1e-4 and abs(high - 0.9433) < 1e-4
+    assert common.wilson(10, 10)[1] <= 1 + 1e-12
+
+
+def test_flags_take_their_help_from_the_settings(capsys):
+    import at_gen
+    with pytest.raises(SystemExit):
+        at_gen.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--k-max VALUE N of Alg. 3" in said and "--eps VALUE radius of the ball" in said
+
+
+def test_interrupted_classifier_goes_on_bit_exactly(tmp_path, monkeypatch):
+    import at_gen
+
+    def classifier(folder):
+        args = at_gen.get_args(["--budget", "smoke", "--out", str(tmp_path / folder), "--device", "cpu"])
+        data = load_images("glyphs", "test")
+        return common.train_classifier(common.Run("at_gen", args), data, 10, "mnist_cnn", 1.0, 5)
+    whole = classifier("whole")
+    real, saves = common.save_checkpoint, []
+
+    def dies(*args, **state):
+        real(*args, **state)
+        saves.append(state["it"])
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common, "save_checkpoint", dies)
+    with pytest.raises(KeyboardInterrupt):
+        classifier("torn")
+    monkeypatch.setattr(common, "save_checkpoint", real)
+    resumed = classifier("torn")
+    assert saves == [1, 2, 3]
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
 
 
 def test_numbers_parse():
