@@ -39,7 +39,7 @@ Differs from the source:
   - The published CIFAR-10 weights also attacked the data, downwards; the text does not: --indist-steps 5.
   - The source's code ends a stage early when the attack's AUC passes a gate, and never ends the last one.
     --auc-gate 0.8 does the first; the text, and our default, trains each K equally long.
-  - Stem of the 256-pixel D: 3x3 as in the code; Tab. 2.2 prints 1x1.
+  - Stem of the 256-pixel D: 3x3 as in the code; Tab. 2.2 prints 1x1. Source pictures are centre crops.
   - bfloat16 convolutions where the processor has units for them; weights, images and losses stay float32.
 """
 import dataclasses
@@ -538,7 +538,7 @@ def figure_2_5(lab):
 
 
 def stability(lab):
-    """Section 2.5.6: the EBM objective (2.2) with the same attack runs away, the AT objective does not."""
+    """Section 2.5.6, here at a fixed K, without R1: the EBM objective (2.2) runs away, AT does not."""
     K, rows = min(5, lab.s.k_max), {}
     short = dict(k_min=K, k_max=K, iters_per_k=20 * lab.s.log_every, log_every=max(lab.s.log_every // 5, 1),
                  fd_every=0, r1=0.0)

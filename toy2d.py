@@ -55,9 +55,9 @@ class Settings:
     lr: float = 1e-3             # Adam, falling to 0 (cosine)
     k: int = 14                  # PGD steps (Alg. 1)
     step: float = 0.12           # length of a PGD step; k * step = 1.68 is the reach of the attack
-    updates: int = 900           # of D (Alg. 1)
+    updates: int = 700           # of D (Alg. 1)
     rounds: int = 150            # of Alg. 2: D to convergence, then one step of the particles
-    inner: int = 20              # updates that count as convergence (D starts from the round before)
+    inner: int = 15              # updates that count as convergence (D starts from the round before)
     particles: int = 400         # fixed data points and particles (Alg. 2)
     particle_step: float = 0.06
     noise: float = 0.1           # std sqrt(lambda) of a Langevin step, Eq. 2.3

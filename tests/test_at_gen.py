@@ -363,13 +363,14 @@ def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome):
 
 
 def test_fid_with_inception_features(tmp_path, write_npz, outcome):
-    """Where Inception's weights are at hand (here: random ones) the table speaks of FID and trains no classifier."""
+    """Where Inception's weights are at hand (here: random ones) it is FID, and no classifier is trained."""
     folder = write_npz("cifar10")
     torch.save(common.InceptionFeatures().net.state_dict() | {"fc.weight": torch.randn(1000, 2048) / 45,
                                                               "fc.bias": torch.zeros(1000)},
                folder / common.InceptionFeatures.FILE)
-    assert outcome(at_gen, "--dataset", "cifar10", "--budget", "smoke", "--p0", "noise", "--data-dir", folder, "--out",
-                   tmp_path, "--device", "cpu", "--images", 4, "--reference", 4, "--only", "table2.5") == (0, "")
+    assert outcome(at_gen, "--dataset", "cifar10", "--budget", "smoke", "--p0", "noise", "--data-dir", folder,
+                   "--out", tmp_path, "--device", "cpu", "--images", 4, "--reference", 4,
+                   "--only", "table2.5") == (0, "")
     ours = json.loads((tmp_path / "at_gen-cifar10" / "results.json").read_text())["table2.5"]["ours"]
     assert ours["FID p0"] > 0 and 1 <= ours["IS samples"] < 1000 and not any("cls" in key for key in ours)
     assert not (tmp_path / "at_gen-cifar10" / "classifier.pt").exists()

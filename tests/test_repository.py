@@ -107,12 +107,14 @@ def measured():
         for made, entries in groups.items():
             lines += [made, "", "| experiment (seconds) | quantity | ours | published |", "|---|---|---|---|"]
             for name, entry in entries:
-                keys = [k for k, v in entry["ours"].items() if isinstance(v, (int, float)) or k in entry["published"]]
-                for key in [*keys, *(k for k in entry["published"] if k not in keys)]:
-                    ours = entry["ours"].get(key, "")
-                    ours = f"{ours:.4g}" if isinstance(ours, float) else ours
-                    lines.append(f"| {name} ({entry['seconds']:.0f}) | {key.replace('|', '&#124;')} | {ours} | "
-                                 f"{entry['published'].get(key, '')} |")
+                published = entry["published"]
+                numbers = {k: v for k, v in entry["ours"].items()
+                           if k in published or not isinstance(v, (str, list))}
+                for key in [*numbers, *(k for k in published if k not in numbers)]:
+                    ours = numbers.get(key, "")
+                    cells = (f"{name} ({entry['seconds']:.0f})", key.replace("|", "&#124;"),
+                             f"{ours:.4g}" if isinstance(ours, float) else ours, published.get(key, ""))
+                    lines.append("| " + " | ".join(map(str, cells)) + " |")
             lines.append("")
     return "\n".join(lines)
 
