@@ -310,7 +310,7 @@ def figure_2_1(lab):
             numbers[f"where (x, y, D), {where} p0"] = [[round(v, 2) for v in row] for row in maxima.tolist()]
     sentence = (f"Maximin: D is {numbers['mean D on the support, uniform p0']:.2f} on the data and at most "
                 f"{numbers['largest D off the support, uniform p0']:.2f} away from it when p0 is uniform; "
-                f"p0 in one corner leaves D high where it never came ({len(maxima)} maxima, triangles).")
+                f"p0 in one corner leaves D high where it never came (triangles: {len(maxima)}).")
     return {**numbers, "sentence": finish(lab, figure, "figure2.1", sentence)}
 
 

@@ -272,7 +272,7 @@ def test_in_distribution_steps_descend(tmp_path, monkeypatch):
 
 
 def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
-    flags = ("--k-max", 2, "--iters-per-k", 4, "--save-every", 3, "--log-every", 2, "--fd-every", 0,
+    flags = ("--k-max", 2, "--iters-per-k", 4, "--save-every", 3, "--log-every", 4, "--fd-every", 0,
              "--batch", 6)
     f, rows = at_gen.train(lab_for(tmp_path / "whole", *flags))
 

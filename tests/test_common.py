@@ -61,9 +61,11 @@ def test_glyphs_do_not_depend_on_threads_or_process():
     assert there.strip() == here
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns when it draws a box, or nothing, for a missing character
 def test_a_font_without_the_character_is_not_used():
     assert common.glyph_template("DejaVuSans", "8") is not None
-    assert common.glyph_template("STIXNonUni", "8") is None      # no digits in it: would be an empty box
+    assert common.glyph_template("STIXNonUni", "8") is None      # no digits in this file
+    assert common.glyph_template("DejaVuSans", "\U000F1234") is None  # not in the font
     assert common.glyph_template("NoSuchFont", "8") is None
     assert common.glyph_template("DejaVuSans", "\u2003") is None  # in the font, but blank
     with pytest.raises(UserError, match="no font"):
