@@ -569,12 +569,12 @@ PUBLISHED_2_10 = {"cifar10": {"steps": 32, "seconds for 50 samples": "2.34 (RTX 
 PUBLISHED_2_11 = {"cifar10": {"FID 64 x 0.1": 13.07, "FID 32 x 0.2": 13.21, "FID 16 x 0.4": 13.49},
                   "celebahq": {"FID 40 x 4": 19.19, "FID 20 x 8": 18.97, "FID 10 x 16": 19.19}}
 EXPERIMENTS = {  # figures 2.3 to 2.5 of the source print no numbers
-    "table2.5": Experiment(table_2_5, "Frechet distance, inception score", "", True, PUBLISHED_2_5),
-    "table2.10": Experiment(table_2_10, "seconds for 50 samples", "", True, PUBLISHED_2_10),
-    "table2.11": Experiment(table_2_11, "number of steps against their length", "", True, PUBLISHED_2_11),
-    "figure2.7": Experiment(figure_2_7, "sources and samples", "", True),
-    "sweep": Experiment(sweep, "samples by displacement budget", "", True),
-    "table2.9": Experiment(table_2_9, "PGD steps in training and test", "", False, PUBLISHED_2_9),
+    "table2.5": Experiment(table_2_5, "Frechet distance, inception score", "5 min", True, PUBLISHED_2_5),
+    "table2.10": Experiment(table_2_10, "seconds for 50 samples", "1 s", True, PUBLISHED_2_10),
+    "table2.11": Experiment(table_2_11, "number of steps against their length", "25 s", True, PUBLISHED_2_11),
+    "figure2.7": Experiment(figure_2_7, "sources and samples", "1 s", True),
+    "sweep": Experiment(sweep, "samples by displacement budget", "1 s", True),
+    "table2.9": Experiment(table_2_9, "PGD steps in training and test", "1 s", False, PUBLISHED_2_9),
     "figure2.3": Experiment(figure_2_3, "diversity of p0", ""),
     "figure2.4": Experiment(figure_2_4, "fixed K", ""),
     "figure2.5": Experiment(figure_2_5, "progressive against fixed K", ""),

@@ -269,7 +269,7 @@ def one_panel():
 
 def finish(lab, figure, name, sentence):
     """Write the sentence under the picture, save it, and return it for the record."""
-    lines = textwrap.fill(sentence, round(15 * figure.get_figwidth()))
+    lines = textwrap.fill(sentence, round(13.5 * figure.get_figwidth()))
     figure.text(0.5, 0.02, lines, fontsize=9, ha="center")
     figure.savefig(lab.run.folder / f"{name}.png", dpi=110)
     plt.close(figure)
@@ -409,21 +409,21 @@ def energies(lab):
             draw(axis, f, x, chains, f"{label} energy, {steps} steps")
             numbers[f"energy distance after {steps} steps, {label} energy"] = energy_distance(chains, x)
     short, late, settled, later = numbers.values()
-    sentence = (f"The short-run energy makes data in its 5 training steps (energy distance {short:.3f}) "
-                f"and loses them in longer chains ({late:.3f}); the long-run energy's stay ({settled:.3f}, "
-                f"{later:.3f}).")
+    sentence = (f"Chains on the short-run energy are nearest to the data at the 5 steps of its training (energy "
+                f"distance {short:.3f}) and go astray later ({late:.3f}); on the long-run energy they stay "
+                f"({settled:.3f}, {later:.3f}). Neither tells all clusters apart after so few updates.")
     return {**numbers, "sentence": finish(lab, figure, "energies", sentence)}
 
 
 OPTIMUM = {"mean D on the support, uniform p0": "1/2", "U, uniform p0": "-log 4 = -1.386"}  # Proposition 1
 EXPERIMENTS = {
-    "figure2.1": Experiment(figure_2_1, "maximin (Alg. 1): D for uniform and for corner p0", "", True,
+    "figure2.1": Experiment(figure_2_1, "maximin (Alg. 1): D for uniform and for corner p0", "18 s", True,
                             {"gaussian": OPTIMUM}),
-    "figure2.2": Experiment(figure_2_2, "minimax (Alg. 2): particles become the data", "", True,
+    "figure2.2": Experiment(figure_2_2, "minimax (Alg. 2): particles become the data", "19 s", True,
                             {"gaussian": OPTIMUM}),
-    "stability": Experiment(stability_2d, "PGD with the EBM objective diverges (2.5.6)", ""),
-    "samplers": Experiment(samplers, "density against support: Langevin and PGD (Tab. 2.1)", ""),
-    "energies": Experiment(energies, "short-run against long-run energies", ""),
+    "stability": Experiment(stability_2d, "PGD with the EBM objective diverges (2.5.6)", "26 s"),
+    "samplers": Experiment(samplers, "density against support: Langevin and PGD (Tab. 2.1)", "15 s"),
+    "energies": Experiment(energies, "short-run against long-run energies", "25 s"),
 }
 
 
