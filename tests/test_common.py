@@ -61,7 +61,7 @@ def test_glyphs_do_not_depend_on_threads_or_process():
     assert there.strip() == here
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib warns when it draws a box, or nothing, for a missing character
+@pytest.mark.filterwarnings("error")  # matplotlib warns when it draws a missing character
 def test_a_font_without_the_character_is_not_used():
     assert common.glyph_template("DejaVuSans", "8") is not None
     assert common.glyph_template("STIXNonUni", "8") is None      # no digits in this file
