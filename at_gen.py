@@ -575,10 +575,10 @@ EXPERIMENTS = {  # figures 2.3 to 2.5 of the source print no numbers
     "figure2.7": Experiment(figure_2_7, "sources and samples", "1 s", True),
     "sweep": Experiment(sweep, "samples by displacement budget", "1 s", True),
     "table2.9": Experiment(table_2_9, "PGD steps in training and test", "1 s", False, PUBLISHED_2_9),
-    "figure2.3": Experiment(figure_2_3, "diversity of p0", ""),
-    "figure2.4": Experiment(figure_2_4, "fixed K", ""),
-    "figure2.5": Experiment(figure_2_5, "progressive against fixed K", ""),
-    "stability": Experiment(stability, "AT objective against EBM objective (2.5.6)", "", False,
+    "figure2.3": Experiment(figure_2_3, "diversity of p0", "two more trainings of 4 min"),
+    "figure2.4": Experiment(figure_2_4, "fixed K", "four more trainings, 1 to 5 min"),
+    "figure2.5": Experiment(figure_2_5, "progressive against fixed K", "two more trainings, 2 and 5 min"),
+    "stability": Experiment(stability, "AT objective against EBM objective (2.5.6)", "3 min", False,
                             {"cifar10": {"largest |f(x) - f(x*)|, EBM, lr 1e-6": "overflows"}}),
 }
 

@@ -411,7 +411,8 @@ def energies(lab):
     short, late, settled, later = numbers.values()
     sentence = (f"Chains on the short-run energy are nearest to the data at the 5 steps of its training "
                 f"(energy distance {short:.3f}) and go astray later ({late:.3f}); on the long-run energy "
-                f"they stay ({settled:.3f}, {later:.3f}). Neither tells all clusters apart after so few updates.")
+                f"they stay ({settled:.3f}, {later:.3f}). "
+                "Neither tells all clusters apart after so few updates.")
     return {**numbers, "sentence": finish(lab, figure, "energies", sentence)}
 
 
