@@ -396,6 +396,7 @@ def crop_flip(x, seed, pad=4, flip=True):
 
 @functools.lru_cache(maxsize=8)
 def shuffled(n, seed):
+    """A permutation of n indices that depends on the seed alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
@@ -411,6 +412,7 @@ def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2
 
 
 def draw_batches(images, size, seed, start, augment, device, workers):
+    """The generator behind batches()."""
     n = len(images)
 
     def index(t):
@@ -846,6 +848,7 @@ def call(main):
 
 
 def complain(error, code):
+    """Print an exception in one line on stderr; returns the exit code."""
     print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
     return code
 
@@ -859,8 +862,8 @@ def wilson(successes, n):
 
 def picture_grid(axis, x, columns, title):
     """Draw images float [N, C, H, W] in [0, 1] as a grid on a matplotlib axis."""
-    axis.imshow(make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5).permute(1, 2, 0),
-                interpolation="nearest")
+    pixels = make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5)
+    axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_title(title, fontsize=10)
     axis.axis("off")
 

@@ -188,7 +188,7 @@ def test_tiny_imagenet_folder(tmp_path):
 def pictures(tmp_path):
     random = np.random.RandomState(3)
     for i, suffix in enumerate(("png", "jpg", "webp", "PNG", "jpeg")):
-        file = tmp_path / "celebahq" / "a" * (i % 2) / f"{i}.{suffix}"
+        file = tmp_path / "celebahq" / ("a" * (i % 2)) / f"{i}.{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.randint(0, 256, (50, 40 + 8 * i, 3), dtype=np.uint8)).save(file)
     return tmp_path
