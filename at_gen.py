@@ -430,7 +430,7 @@ def no_distance(function):
     def wrapped(lab):
         if not lab.features:
             return {"FID": f"needs {common.InceptionFeatures.FILE} in --data-dir"}
-        return {**function(lab), "n": lab.s.images}
+        return {"n": lab.s.images, **function(lab)}
     return wrapped
 
 
@@ -520,7 +520,7 @@ def figure_2_4(lab):
 @no_distance
 def figure_2_5(lab):
     """Progressive K (Algorithm 3) against fixed K, by training seconds and by attack gradients."""
-    rows = {}
+    rows = {"n": min(500, lab.s.images)}
     runs = {f"K = {lab.s.k_min}..{lab.s.k_max}": lab.trained[1]}
     runs |= {f"K = {K}": fixed_k(lab, K)[1] for K in sorted({min(5, lab.s.k_max), lab.s.k_max})}
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.3), sharey=True, layout="constrained")
