@@ -188,7 +188,8 @@ def r1_penalty(f_data, x):
 def train(lab, name="f", objective=at_loss, **changes):
     """Algorithm 3 -> (f, log rows). Goes on from its checkpoint; raises Diverged (.rows) if f runs away."""
     run, s = lab.run, dataclasses.replace(lab.run.settings, **changes)
-    data, p0, device = lab.data, lab.load_p0(s.p0), lab.run.device
+    data, device = lab.data, lab.run.device
+    p0 = lab.p0 if s.p0 == lab.s.p0 else lab.load_p0(s.p0)
     torch.manual_seed(run.args.seed)
     f = common.make_net(s.net, 1, data.shape, s.width).to(device, memory_format=torch.channels_last)
     f.eval()  # for good: a BatchNorm must be the same function in attack and update
@@ -315,13 +316,11 @@ class Lab:
 
     def load_p0(self, name, split="train"):
         """A data set, or its first n classes where the name is NAME:n."""
-        name, _, first = name.partition(":")
+        name, colon, first = name.partition(":")
         p0 = self.load(name, split)
-        if not first:
-            return p0
-        if not (first.isdecimal() and int(first) and isinstance(p0, Images)):
+        if colon and not (first.isdecimal() and int(first) and isinstance(p0, Images)):
             raise UserError(f"--p0 {name}:{first}: expected NAME:n, the first n classes of a labelled set")
-        return Images(p0.x[p0.y < int(first)], p0.y[p0.y < int(first)], f"{name}:{first}")
+        return Images(p0.x[p0.y < int(first)], p0.y[p0.y < int(first)], f"{name}:{first}") if colon else p0
 
     def choose_seeds(self):
         """The p0 images that become samples: a fixed random choice, of the test split if it is big enough."""

@@ -344,8 +344,8 @@ def picture_tensor(picture, side, crop="none", seed=0, mask=False):
 class Pictures(torch.utils.data.Dataset):
     """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed)."""
 
-    def __init__(self, source, side, name, labels=None, masks=False):
-        self.source, self.side, self.name, self.labels, self.masks = source, side, name, labels, masks
+    def __init__(self, source, side, name, masks=False):
+        self.source, self.side, self.name, self.masks = source, side, name, masks
         self.shape = (3, side, side)
 
     def __len__(self):
