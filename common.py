@@ -7,12 +7,13 @@ Networks scale or normalise inside their own forward. Whatever a user can get wr
 script turns into one line on stderr and exit code 2 before any work.
 
     1. data          load_images("glyphs", "train") -> Images (in memory) or Pictures (files, by a DataLoader)
-    2. networks      MnistCNN, PlainCNN, ResNet, ResBlockD, InceptionFeatures
+    2. networks      MnistCNN, SmallCNN, PlainCNN, ResNet, WideResNet, ResBlockD, LightEBM, InceptionFeatures
     3. checkpoints   save_checkpoint, load_checkpoint
     4. command line  parse_args, Run (folder, log.csv, results.json, closing table)
 """
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -41,6 +42,7 @@ from torchvision.transforms import functional as T
 from torchvision.utils import make_grid
 
 matplotlib.use("Agg")  # files only: the same picture with and without a screen
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of the backend)
 
 
 class UserError(Exception):
@@ -400,6 +402,12 @@ def shuffled(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
+def batch_index(n, size, seed, t):
+    """Indices int64 [size] of batch t: shuffled passes over n items, laid end to end."""
+    place = torch.arange(t * size, (t + 1) * size)
+    return torch.stack([shuffled(n, seed + 7919 * int(p // n))[p % n] for p in place])
+
+
 def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
     """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
 
@@ -413,23 +421,17 @@ def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2
 
 def draw_batches(images, size, seed, start, augment, device, workers):
     """The generator behind batches()."""
-    n = len(images)
-
-    def index(t):
-        place = torch.arange(t * size, (t + 1) * size)
-        return torch.stack([shuffled(n, seed + 7919 * int(p // n))[p % n] for p in place])
-
     if isinstance(images, Images):
         for t in itertools.count(start):
-            i = index(t)
+            i = batch_index(len(images), size, seed, t)
             x = images.take(i.to(images.x.device)).to(device)
             yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), i
-    keys = ([(int(i), augment, seed + 31 * t + 7 * j) for j, i in enumerate(index(t))]
-            for t in itertools.count(start))
+    keys = ([(int(i), augment, seed + 31 * t + 7 * j)
+             for j, i in enumerate(batch_index(len(images), size, seed, t))] for t in itertools.count(start))
     loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers)
     try:
         for t, x in zip(itertools.count(start), loader):
-            yield x.to(device).float() / 255, index(t)
+            yield x.to(device).float() / 255, batch_index(len(images), size, seed, t)
     except UserError as error:  # a worker's comes with its traceback as text: take the last line
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
 
@@ -481,6 +483,107 @@ class PlainCNN(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(2 * x - 1)).flatten(1)
+
+
+class SmallCNN(nn.Module):
+    """Five 3x3 convolutions with BatchNorm, two of stride 2, mean-pooled. [B, C, S, S] -> [B, outputs].
+
+    70,330 parameters at width 16, one channel, 10 outputs. Natural training leaves it easy to attack.
+    """
+
+    def __init__(self, width=16, outputs=10, channels=1):
+        super().__init__()
+        w, layers, c = width, [], channels
+        for out, stride in ((w, 1), (2 * w, 2), (2 * w, 1), (4 * w, 2), (4 * w, 1)):
+            layers += [nn.Conv2d(c, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            c = out
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(c, outputs)
+
+    def features(self, x):
+        return self.body(2 * x - 1).mean((2, 3))  # [B, 4 width]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of a wide ResNet; the 1x1 shortcut sees the raw input."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.main = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), nn.Conv2d(c_in, c_out, 3, 1, 1),
+                                  nn.BatchNorm2d(c_out), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, stride, 1))
+        self.shortcut = nn.Identity() if (c_in, stride) == (c_out, 1) else nn.Conv2d(c_in, c_out, 1, stride)
+
+    def forward(self, x):
+        return self.main(x) + self.shortcut(x)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-widen, convolutions with bias: thesis ch. 2 to 5 (28-10). [B, C, S, S] -> [B, outputs].
+
+    WRN-28-10 with 3 channels and 10 (100) outputs has 36,489,290 (36,546,980) parameters.
+    """
+
+    def __init__(self, depth=28, widen=10, outputs=10, channels=3):
+        super().__init__()
+        layers, c = [nn.Conv2d(channels, 16, 3, 1, 1)], 16
+        for width, stride in ((round(16 * widen), 1), (round(32 * widen), 2), (round(64 * widen), 2)):
+            for i in range((depth - 4) // 6):
+                layers.append(WideBlock(c, width, 1 if i else stride))
+                c = width
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(c, momentum=0.9), nn.ReLU())
+        self.head = nn.Linear(c, outputs)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.xavier_uniform_(m.weight, gain=math.sqrt(2))
+                nn.init.zeros_(m.bias)
+
+    def features(self, x):
+        return self.body(2 * x - 1).mean((2, 3))  # [B, 64 widen]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class LightEBM(nn.Module):
+    """The light EBM of thesis ch. 2: five convolutions, no normalisation. [B, C, S, S] -> [B, 1], V(x).
+
+    693,569 parameters at width 32, three channels, 32 pixels (28 pixels: a last kernel of 3). Initialised as
+    PyTorch does. Leaky ReLU makes V piecewise linear: its second derivative in x is exactly zero.
+    """
+
+    def __init__(self, width=32, channels=3, side=32):
+        super().__init__()
+        w = width
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, w, 3, 1, 1), nn.LeakyReLU(0.05),         # side
+            nn.Conv2d(w, 2 * w, 4, 2, 1), nn.LeakyReLU(0.05),            # side / 2
+            nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.05),        # side / 4
+            nn.Conv2d(4 * w, 8 * w, 4, 2, 1), nn.LeakyReLU(0.05),        # side / 8
+            nn.Conv2d(8 * w, 1, side // 8))                              # 1
+
+    def forward(self, x):
+        return self.body(2 * x - 1).flatten(1)
+
+    def smoothed(self, beta):
+        """A frozen copy with SmoothLeakyReLU(beta) in place of leaky ReLU."""
+        other = copy.deepcopy(self).requires_grad_(False)
+        for i, layer in enumerate(other.body):
+            if isinstance(layer, nn.LeakyReLU):
+                other.body[i] = SmoothLeakyReLU(beta)
+        return other
+
+
+class SmoothLeakyReLU(nn.Module):
+    """Leaky ReLU (.05) with a rounded corner: it has a second derivative within some 1 / beta of 0."""
+
+    def __init__(self, beta):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x):
+        return 0.05 * x + 0.95 * F.softplus(x, self.beta)
 
 
 class Block(nn.Module):
@@ -609,14 +712,32 @@ class InceptionFeatures(nn.Module):
         return self.head(self.features(x))
 
 
+def feature_network(data, data_dir, classifier):
+    """Of a Frechet distance: ("FID", Inception-V3) for colour images where its weights are at hand, else
+    ("FD-cls", the classifier)."""
+    file = data.shape[0] == 3 and InceptionFeatures.at_hand(data_dir)
+    return ("FID", InceptionFeatures(file).to(data.x.device)) if file else ("FD-cls", classifier)
+
+
+@torch.no_grad()
+def feature_statistics(network, x):
+    """Mean [d] and covariance [d, d], float64, of the features of images [N, C, H, W] in [0, 1]."""
+    z = torch.cat([network.features(part).cpu().double() for part in x.split(250)])
+    return z.mean(0), torch.cov(z.T)
+
+
 def make_net(name, outputs, shape, width=1.0):
-    """A network by name for images of shape (C, H, W): plain, mnist_cnn, resnet18, resnet50 or resblock_d."""
+    """A network by name for images of shape (C, H, W); the names are the keys below."""
     c, side, _ = shape
     made = {"plain": lambda: PlainCNN(round(32 * width), outputs, c, side),
             "mnist_cnn": lambda: MnistCNN(outputs, c, side),
             "resnet18": lambda: ResNet(18, width, outputs, c),
             "resnet50": lambda: ResNet(50, width, outputs, c),
-            "resblock_d": lambda: ResBlockD(side, outputs, c)}
+            "resblock_d": lambda: ResBlockD(side, outputs, c),
+            "small_cnn": lambda: SmallCNN(round(16 * width), outputs, c),
+            "wrn16": lambda: WideResNet(16, width, outputs, c),  # width: the widening factor
+            "wrn28": lambda: WideResNet(28, width, outputs, c),
+            "light_ebm": lambda: LightEBM(round(32 * width), c, side)}
     if name not in made:
         raise UserError(f"unknown network '{name}'; known: {', '.join(made)}")
     try:
@@ -626,32 +747,44 @@ def make_net(name, outputs, shape, width=1.0):
 
 
 @torch.enable_grad()  # also when the first use of the features stands inside no_grad
-def train_classifier(run, data, classes, net, width, iterations):
-    """The data set's classifier; its features stand in for Inception's. Adam, one cycle to 1e-3, batch 128.
+def train_classifier(run, data, classes, net, width, iterations, name="classifier", sgd=0.0, batch=128,
+                     augment=None, adversary=None, made_with=None):
+    """A classifier of a labelled set (Images), returned in eval mode. Goes on from its checkpoint NAME.pt.
 
-    Goes on from its checkpoint; returned in eval mode. data: Images.
+    Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9, weight decay 2e-4), a tenth of it from
+    40 % of the updates on, a hundredth from 60 %. augment: none, crop, crop_flip (default: that, of colour).
+    adversary(model, x, y) -> x is applied to each batch (adversarial training); it says so in made_with.
     """
     torch.manual_seed(run.args.seed)
     model = make_net(net, classes, data.shape, width).to(run.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(iterations, 4))
+    if sgd:
+        optimizer = torch.optim.SGD(model.parameters(), sgd, momentum=0.9, weight_decay=2e-4)
+        drops = [round(iterations * 0.4), round(iterations * 0.6)]
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
+    else:
+        optimizer = torch.optim.Adam(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(iterations, 4))
+    augment = augment or ("crop_flip" if data.shape[0] == 3 else "none")
     made_with = {"net": net, "width": width, "iterations": iterations, "seed": run.args.seed,
-                 "budget": run.args.budget, "images": [len(data), *data.shape]}
-    file, every = run.folder / "classifier.pt", max(iterations // 5, 1)
+                 "budget": run.args.budget, "images": [len(data), *data.shape], "sgd": sgd, "batch": batch,
+                 "augment": augment, **(made_with or {})}
+    file, every = run.folder / f"{name}.pt", max(iterations // 5, 1)
     state = load_checkpoint(file, made_with) or {"it": 0, "rows": []}
     if state["it"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     if state["it"] < iterations:
-        print(f"training the classifier behind FD-cls: {net}, {iterations} updates", flush=True)
-        log = Log(run.folder / "log-classifier.csv", iterations, state["rows"],
-                  show=("loss", "accuracy"))
-        stream = batches(data, 128, run.args.seed + 2, state["it"], "crop" if data.shape[0] == 3 else "none",
-                         run.device)
+        print(f"training {name}: {net}, {iterations} updates", flush=True)
+        log = Log(run.folder / f"log-{name}.csv", iterations, state["rows"], show=("loss", "accuracy"))
+        stream = batches(data, batch, run.args.seed + 2, state["it"], "none", run.device)
     for it in range(state["it"] + 1, iterations + 1):
         x, i = next(stream)
         y = data.y[i.to(data.y.device)].to(run.device)
+        if augment != "none":
+            x = crop_flip(x, run.args.seed + 2 + 31 * (it - 1), flip=augment == "crop_flip")
+        if adversary:
+            x = adversary(model, x, y)
         model.train()
         with fast_precision(run.device):
             logits = model(x).float()
@@ -667,12 +800,59 @@ def train_classifier(run, data, classes, net, width, iterations):
     return model.eval()
 
 
-def fast_precision(device):
-    """bfloat16 autocast where the processor has matrix units for it (GPU, AMX, AVX512-BF16), else a no-op."""
-    kind = torch.device(device).type
-    has = torch.cuda.get_device_capability(device)[0] >= 8 if kind == "cuda" else kind == "cpu" and any(
+def bfloat16_units(device):
+    """Whether the processor computes in bfloat16: a GPU from Ampere on, a CPU with AMX or AVX512-BF16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.device(device).type == "cpu" and any(
         getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return torch.autocast(kind, dtype=torch.bfloat16) if has else contextlib.nullcontext()
+
+
+def fast_precision(device):
+    """bfloat16 autocast where the processor has units for it, else a no-op."""
+    kind = torch.device(device).type
+    return (torch.autocast(kind, dtype=torch.bfloat16) if bfloat16_units(device)
+            else contextlib.nullcontext())
+
+
+def captured(once):
+    """Record once(), which changes CUDA tensors in place, as a CUDA graph -> a function that replays it.
+
+    A replay launches everything at once: small networks are otherwise bound by kernel launches. Random
+    numbers differ from replay to replay (the default generator is registered with the graph).
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up outside the graph, as PyTorch asks
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    return graph.replay
+
+
+def throughput(sampler, x, seconds):
+    """Images x steps / s of sampler(x, steps) -> (x, a 0-d tensor); random generators stay as they were."""
+    with torch.random.fork_rng():
+        sampler(x, 2)[1].item()  # warm-up; .item() waits for the device
+        steps, start = 0, time.time()
+        while time.time() - start < seconds or not steps:
+            sampler(x, 4)[1].item()
+            steps += 4
+    return steps * len(x) / (time.time() - start)
+
+
+def matrix_rate(device, side=2048):
+    """Operations / s of a square matrix product, in bfloat16 where the processor has units for it."""
+    a = torch.rand(side, side, device=device).to(torch.bfloat16 if bfloat16_units(device) else torch.float32)
+    (a @ a).sum().item()
+    start = time.time()
+    for _ in range(20):
+        product = a @ a
+    product.sum().item()
+    return 20 * 2 * side ** 3 / (time.time() - start)
 
 
 # --- 3. checkpoints -----------------------------------------------------------------------------------------
@@ -860,6 +1040,48 @@ def wilson(successes, n):
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
+def rate(name, ok):
+    """A rate and its 95 % Wilson interval from bool [n]: {name: share, "name, 95 %": [low, high]}."""
+    return {name: ok.float().mean().item(), f"{name}, 95 %": wilson(int(ok.sum()), len(ok))}
+
+
+def curves(panels, ylabel, **axis_settings):
+    """A row of panels {xlabel: {label: {x: y}}} with one y axis -> matplotlib figure."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.8 * len(panels), 3.3), sharey=True,
+                                squeeze=False, layout="constrained")
+    for axis, (xlabel, lines) in zip(axes[0], panels.items()):
+        for label, points in lines.items():
+            axis.plot(list(points), list(points.values()), "o-", ms=3, label=label)
+        axis.set(xlabel=xlabel, **axis_settings)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel(ylabel)
+    return figure
+
+
+def histograms(panels, bins=20, **axis_settings):
+    """Rows of panels [[(title, {label: values}), ...], ...]; a column shares x -> matplotlib figure."""
+    figure, axes = plt.subplots(len(panels), len(panels[0]), figsize=(1 + 3.8 * len(panels[0]),
+                                1 + 1.6 * len(panels)), sharex="col", squeeze=False, layout="constrained")
+    for axis, (title, groups) in zip(axes.flat, itertools.chain(*panels)):
+        for i, (label, values) in enumerate(groups.items()):
+            axis.hist(values.tolist(), bins, density=True, alpha=0.6, color=f"C{i}", label=label)
+            axis.axvline(values.mean().item(), color=f"C{i}", ls="--", lw=1)
+        axis.set_title(title, fontsize=9)
+        axis.set(yticks=[], **axis_settings)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def picture_rows(rows, columns):
+    """A picture grid below the other: {title: float [N, C, H, W] in [0, 1]} -> matplotlib figure."""
+    high = [math.ceil(len(x) / columns) / columns for x in rows.values()]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 9 * sum(high) + 0.4 * len(rows)), squeeze=False,
+                                height_ratios=high, layout="constrained")
+    for axis, (title, x) in zip(axes[:, 0], rows.items()):
+        picture_grid(axis, x, columns, title)
+    return figure
+
+
 def picture_grid(axis, x, columns, title):
     """Draw images float [N, C, H, W] in [0, 1] as a grid on a matplotlib axis."""
     pixels = make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5)
@@ -924,17 +1146,24 @@ class Run:
         write_text(file, json.dumps(results, indent=1, default=float) + "\n")
         return entry
 
+    def save(self, figure, name):
+        """Write a figure to NAME.png and close it."""
+        figure.savefig(self.folder / f"{name}.png", dpi=110)
+        plt.close(figure)
+
     def closing_table(self, entries):
-        """Print ours beside published, a line a number."""
-        print(f"\n{'experiment':12} {'quantity':52} {'ours':>12} {'published':>12}")
+        """Print ours beside published, a line a number; a key's interval is under "KEY, 95 %"."""
+        print(f"\n{'experiment':12} {'quantity':52} {'ours':>20} {'published':>12}")
         for name, entry in entries.items():
             for key, value in entry["ours"].items():
                 if isinstance(value, (int, float)) or isinstance(value, str) and key != "sentence":
                     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-                    print(f"{name:12} {key:52} {text:>12} {str(entry['published'].get(key, '')):>12}")
+                    if interval := entry["ours"].get(f"{key}, 95 %"):
+                        text += " [{:.2f}, {:.2f}]".format(*interval)
+                    print(f"{name:12} {key:52} {text:>20} {str(entry['published'].get(key, '')):>12}")
             for key, value in entry["published"].items():
                 if key not in entry["ours"]:
-                    print(f"{name:12} {key:52} {'':>12} {value!s:>12}")
+                    print(f"{name:12} {key:52} {'':>20} {value!s:>12}")
         print(f"\npictures, log and results.json: {self.folder}{os.sep}")
 
 
