@@ -1100,6 +1100,19 @@ def hardware(device):
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def own_randomness(function):
+    """function(lab, ...) with generators seeded by --seed; the caller's stay as they were.
+
+    So an experiment's numbers do not depend on which experiment trained a model or made an attack first.
+    """
+    @functools.wraps(function)
+    def wrapped(lab, *arguments, **options):
+        with torch.random.fork_rng():
+            torch.manual_seed(lab.args.seed)
+            return function(lab, *arguments, **options)
+    return wrapped
+
+
 class Run:
     """One run's folder OUT/SCRIPT-DATASET: config.json, log*.csv, checkpoints, pictures, results.json."""
 

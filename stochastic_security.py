@@ -96,7 +96,7 @@ class Settings:
     images: int = 10_000         # test images
     few: int = 1000              # test images of figures 2.4, 2.5, 2.8
     n_long: int = 1000           # N of figure 2.5
-    chunk: int = 2000            # chains that run as one batch
+    chunk: int = 1600            # chains that run as one batch
     graph: int = 1               # CUDA: replay a captured step; 0: launch every kernel
     log_every: int = 500
     save_every: int = 1000
@@ -186,9 +186,9 @@ class Sampler:
 
     def __call__(self, x, steps):
         """`steps` steps from x [B, C, S, S] -> states, mean |grad V| over steps and chains (0-d)."""
-        size = -(-len(x) // 50) * 50 if self.replay else len(x)  # idle chains pad a graph: few sizes
+        size = 50 << ((len(x) - 1) // 50).bit_length() if self.replay else len(x)  # padded: few graphs
         if size not in self.ready:
-            self.ready[size] = self.prepare(size, x)
+            self.ready = (self.ready if self.replay else {}) | {size: self.prepare(size, x)}
         state, total, once = self.ready[size]
         state[:len(x)] = x
         total.zero_()
@@ -200,6 +200,7 @@ class Sampler:
 # --- learning the energy (Algorithm 2) ----------------------------------------------------------------------
 
 
+@common.own_randomness
 def train_ebm(lab, name="ebm", **changes):
     """Algorithm 2 -> (V, log rows, snapshots {"it", "V": weights, "bank": four states}).
 
@@ -207,7 +208,6 @@ def train_ebm(lab, name="ebm", **changes):
     """
     run, s = lab.run, dataclasses.replace(lab.s, **changes)
     size = s.bank or len(lab.data) // s.batch * s.batch
-    torch.manual_seed(run.args.seed)
     V = common.make_net("light_ebm", 1, lab.data.shape, s.width).to(run.device)
     bank = torch.rand(size, *lab.data.shape, device=run.device)
 
@@ -273,7 +273,10 @@ def train_ebm(lab, name="ebm", **changes):
 
 
 def random_start(x, eps, norm):
-    """Uniform in the l_inf ball; for l_2 a random direction, radius uniform in [0, eps]; then in [0, 1]."""
+    """Uniform in the l_inf ball; for l_2 a random direction, radius uniform in [0, eps]; then in [0, 1].
+    ValueError for images outside [0, 1]."""
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
     if norm == "inf":
         return (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     direction = F.normalize(torch.randn_like(x).flatten(1)).view_as(x)
@@ -290,10 +293,8 @@ def ascend(x, x0, gradient, step, eps, norm):
 
 
 def attack_f(f, x, y, steps, step, eps, norm="inf", scale=1.0):
-    """PGD on f itself, random start; x float32 [B, C, S, S] in [0, 1], else ValueError -> the last images.
+    """PGD on f itself, random start; x float32 [B, C, S, S] in [0, 1] -> the last images.
     `scale` multiplies the logits: 1, but for a trap."""
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
     x0, x, training = x, random_start(x, eps, norm), f.training
     f.eval()
     with torch.enable_grad(), fast_precision(x.device):
@@ -306,6 +307,7 @@ def attack_f(f, x, y, steps, step, eps, norm="inf", scale=1.0):
     return x.detach()
 
 
+@common.own_randomness
 def train_f(lab, eps=0.0):
     """The natural classifier f; with eps the baseline: adversarially trained (AT) by PGD-10. In eval mode."""
     s = lab.s
@@ -360,6 +362,7 @@ class Defence:
         return [torch.cat(column) for column in zip(*parts)]
 
 
+@common.own_randomness
 def algorithm_1(lab, name, defence, last=0, verify=True, **changes):
     """Algorithm 1 -> (record bool [1 + restarts (N + 1), n]: still right; adversaries float32 [n, C, S, S]).
 
@@ -448,8 +451,8 @@ class Lab:
     f_at = functools.cached_property(lambda lab: train_f(lab, lab.s.eps))
     ebm = functools.cached_property(train_ebm)
     adam_ebm = functools.cached_property(lambda lab: train_ebm(lab, "ebm-adam", switch=lab.s.updates))
-    transferred = functools.cached_property(
-        lambda lab: attack_f(lab.f, lab.x, lab.y, lab.s.n, lab.s.step, lab.s.eps, lab.s.norm))  # PGD from f
+    transferred = functools.cached_property(common.own_randomness(  # PGD from f
+        lambda lab: attack_f(lab.f, lab.x, lab.y, lab.s.n, lab.s.step, lab.s.eps, lab.s.norm)))
 
     def sampler(self, V=None, fast=True, noise=torch.randn_like):
         return Sampler(V or self.ebm[0], self.s.tau, self.s.temperature, fast, self.s.graph, noise)
@@ -574,14 +577,13 @@ def figure_2_5(lab):
         H: (lab.defence(), dict(restarts=1, h_adv=H)) for H in hs}}})
 
 
-@torch.no_grad()
 def figure_2_6(lab):
     """Energies of natural, adversarial and noise images; how often an image's adversary is the higher."""
     sets = {"natural": lab.x, "transfer PGD": lab.transferred,
             "BPDA+EOT": algorithm_1(lab, "bpda", lab.defence())[1],
             "random signs": (lab.x + lab.s.eps * (torch.rand_like(lab.x) - 0.5).sign()).clamp(0, 1),
             "uniform noise": torch.rand_like(lab.x)}
-    U = {name: lab.ebm[0](x)[:, 0] / lab.s.temperature for name, x in sets.items()}
+    U = {name: lab.ebm[0](x).detach()[:, 0] / lab.s.temperature for name, x in sets.items()}
     close = dict(list(U.items())[:4])
     lab.run.save(common.histograms([[("energy U", close), ("energy U", U)]]), "figure2.6")
     rows = {"n": len(lab.x)} | {f"mean U, {name}": u.mean().item() for name, u in U.items()}

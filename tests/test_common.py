@@ -1,5 +1,6 @@
 """common.py: data, networks, checkpoints, command line."""
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -310,6 +311,13 @@ def test_crop_flip_against_a_loop():
     (lambda: common.ResNet(18), 11_169_345, (3, 32, 32)),
     (lambda: common.ResNet(50), 23_502_401, (3, 32, 32)),
     (lambda: common.ResNet(50, outputs=10), 23_520_842, (3, 32, 32)),
+    (lambda: common.WideResNet(), 36_489_290, None),
+    (lambda: common.WideResNet(outputs=100), 36_546_980, None),
+    (lambda: common.WideResNet(16, 0.5), None, (3, 32, 32)),
+    (lambda: common.LightEBM(), 693_569, None),
+    (lambda: common.LightEBM(4), None, (3, 32, 32)),
+    (lambda: common.LightEBM(4, 1, 28), None, (1, 28, 28)),
+    (lambda: common.SmallCNN(), 70_330, (1, 28, 28)),
     (lambda: common.ResBlockD(256), 20_851_777, None),
     (lambda: common.ResBlockD(256, 1000), 21_364_264, None),
     (lambda: common.ResBlockD(64), None, (3, 64, 64)),
@@ -324,7 +332,22 @@ def test_parameter_counts_and_shapes(net, parameters, shape):
     if shape:
         with torch.no_grad():
             assert net(torch.rand(2, *shape)).shape == (
-                2, net.head.out_features if hasattr(net.head, "out_features") else 1)
+                2, getattr(getattr(net, "head", None), "out_features", 1))
+
+
+def test_light_ebm_sees_every_pixel_at_28():
+    """The odd sides 7 and 3 on its way down must not lose a border."""
+    x = torch.rand(1, 1, 28, 28, requires_grad=True)
+    gradient, = torch.autograd.grad(common.LightEBM(8, 1, 28)(x).sum(), x)
+    assert (gradient != 0).all()
+
+
+def test_wide_shortcut_takes_the_raw_input():
+    block = common.WideBlock(4, 8, 2).eval()
+    for p in block.main.parameters():
+        torch.nn.init.zeros_(p)
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.allclose(block(x), block.shortcut(x)) and block.shortcut(x).shape == (2, 8, 3, 3)
 
 
 def test_residual_d_wants_a_power_of_two():
@@ -413,6 +436,50 @@ def test_interrupted_classifier_goes_on_bit_exactly(tmp_path, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
 
 
+def test_classifier_by_sgd_drops_its_rate_and_trains_on_what_the_adversary_returns(tmp_path, monkeypatch):
+    import at_gen
+    args = at_gen.get_args(["--budget", "smoke", "--out", str(tmp_path), "--device", "cpu"])
+    data, rates, SGD = load_images("glyphs", "test"), [], torch.optim.SGD
+
+    class Watched(SGD):
+        def step(self, *arguments):
+            rates.append(self.param_groups[0]["lr"])
+            assert self.defaults["momentum"] == 0.9 and self.defaults["weight_decay"] == 2e-4
+            return super().step(*arguments)
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+
+    def train(name, adversary=None):
+        return common.train_classifier(common.Run("at_gen", args), data, 10, "small_cnn", 0.25, 10, name, 0.1,
+                                       16, adversary=adversary, made_with={"at": adversary is not None})
+    plain = train("plain")
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 4)
+    same, other = train("same", lambda f, x, y: x), train("other", lambda f, x, y: 1 - x)
+    weights = [net.head.weight for net in (plain, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
+    with pytest.raises(UserError, match="at False"):
+        train("plain", lambda f, x, y: x)
+
+
+def test_throughput_leaves_the_generator_alone():
+    def sampler(x, steps):
+        return x + torch.randn_like(x), x.mean()
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    assert common.throughput(sampler, torch.rand(3, 1), 0.01) > 0
+    torch.manual_seed(4)
+    torch.rand(3, 1)
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    x = torch.rand(3, 1)
+    common.throughput(sampler, x, 0.01)
+    assert torch.equal(torch.get_rng_state(), after) and not torch.equal(before, after)
+
+
+def test_rate_has_its_interval():
+    rows = common.rate("acc", torch.tensor([True, True, False, True]))
+    assert rows == {"acc": 0.75, "acc, 95 %": common.wilson(3, 4)}
+
+
 def test_numbers_parse():
     assert common.number("8/255") == 8 / 255 and common.number("0.5") == 0.5
     assert common.number("inf") == float("inf")
@@ -435,12 +502,13 @@ def test_bad_input_loses_nothing(tmp_path, outcome):
     assert code == 2 and "not a readable checkpoint" in said and (folder / "f.pt").read_bytes() == b"precious"
 
 
-def test_list_names_every_experiment(capsys):
-    import at_gen
+@pytest.mark.parametrize("script, number", [("at_gen", "13.21"), ("stochastic_security", "0.549")])
+def test_list_names_every_experiment(capsys, script, number):
+    script = importlib.import_module(script)
     with pytest.raises(SystemExit) as stop:
-        at_gen.main(["--list"])
+        script.main(["--list"])
     said = capsys.readouterr().out
-    assert not stop.value.code and all(name in said for name in at_gen.EXPERIMENTS) and "13.21" in said
+    assert not stop.value.code and all(name in said for name in script.EXPERIMENTS) and number in said
 
 
 def test_results_of_other_experiments_are_kept(tmp_path, outcome):

@@ -47,10 +47,16 @@ def classifier(seed=0):
     return common.SmallCNN(4).eval()
 
 
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
 def fake_lab(tmp_path, x, y, **changes):
     """What algorithm_1 asks of a Lab."""
     s = dataclasses.replace(ss.SETTINGS["glyphs"]["smoke"], images=len(x), **changes)
-    return SimpleNamespace(s=s, x=x, y=y, run=SimpleNamespace(folder=tmp_path), made_with={"seed": 0})
+    return SimpleNamespace(s=s, x=x, y=y, run=SimpleNamespace(folder=tmp_path), made_with={"seed": 0},
+                           args=SimpleNamespace(seed=0))
 
 
 def lab_of(tmp_path, *flags, name="runs"):
@@ -124,11 +130,11 @@ def test_padding_of_recorded_steps_changes_nothing(exact, monkeypatch):
     V = ebm()
     plain, replayed = (Sampler(V, 0.015, 1e-4, noise=same_for_all) for _ in range(2))
     replayed.replay = True
-    for n in (7, 50, 51, 7):
+    for n in (7, 50, 51, 120, 7):
         x = torch.rand(n, 1, 28, 28)
         (a, norm_a), (b, norm_b) = plain(x, 3), replayed(x, 3)
         assert torch.allclose(a, b, atol=1e-6) and norm_a.item() == pytest.approx(norm_b.item(), rel=1e-4)
-    assert sorted(replayed.ready) == [50, 100]
+    assert sorted(replayed.ready) == [50, 100, 200] and list(plain.ready) == [7]
     kept = b.clone()
     replayed(torch.rand(7, 1, 28, 28), 3)
     assert torch.equal(b, kept)                                                 # not a view of the buffer
@@ -278,7 +284,7 @@ def test_l2_step_has_its_length_whatever_the_gradients_scale():
 
 @pytest.mark.parametrize("x", [torch.rand(2, 1, 28, 28) * 2 - 1, torch.rand(2, 1, 28, 28) * 255])
 def test_attacks_refuse_images_outside_the_range(tmp_path, x):
-    y = torch.zeros(2, dtype=torch.long)
+    y = classifier()(x).argmax(1)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         attack_f(classifier(), x, y, 1, 0.1, 0.1)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
@@ -435,17 +441,14 @@ def test_without_verification_every_break_counts(tmp_path):
 
 
 def test_restarts_only_lower_and_start_afresh(tmp_path):
-    f, x = classifier(), torch.rand(16, 1, 28, 28)
-    y = f(x).argmax(1)
-    records = []
+    f, x = linear(), torch.rand(40, 1, 28, 28)
+    y, records = f(x).argmax(1), []
     for restarts in (1, 4):
-        torch.manual_seed(3)
-        lab = fake_lab(tmp_path, x, y, n=2, restarts=restarts, eps=0.02, step=0.01)
+        lab = fake_lab(tmp_path, x, y, n=0, restarts=restarts, eps=0.5)         # n = 0: the random start alone
         records.append(algorithm_1(lab, f"a{restarts}", Defence(f))[0])
     one, four = records
-    assert len(one) == 4 and len(four) == 13
-    assert torch.equal(one, four[:4])                                           # row 0 and N + 1 = 3 evaluations
-    assert (four[1:] <= four[:-1]).all() and four[-1].sum() < one[-1].sum()
+    assert len(one) == 2 and len(four) == 5 and torch.equal(one, four[:2])
+    assert (four[1:] <= four[:-1]).all() and 0 < four[-1].sum() < one[-1].sum() < 40
 
 
 def test_the_step_after_a_restarts_last_evaluation_is_not_taken(tmp_path, monkeypatch):
@@ -464,16 +467,29 @@ def test_the_step_after_a_restarts_last_evaluation_is_not_taken(tmp_path, monkey
 
 def test_dropping_broken_images_leaves_the_others_as_they_were(exact, tmp_path, monkeypatch):
     monkeypatch.setattr(ss, "random_start", lambda x, eps, norm: x)
-    f, x = classifier(), torch.rand(12, 1, 28, 28)
+    f, x = linear(), torch.rand(12, 1, 28, 28)
     defence = Defence(f, 2, Sampler(ebm(), 0.01, 1e-4, noise=same_for_all), chunk=7)
     y = defence.predict(x, 3)
-    lab = fake_lab(tmp_path, x, y, n=3, restarts=1, eps=0.05, step=0.02)
+    lab = fake_lab(tmp_path, x, y, n=3, restarts=1, eps=0.01, step=0.004)
     record, adversary = algorithm_1(lab, "all", defence)
     left = record[-1]
     assert 0 < left.sum() < len(x)
-    alone = fake_lab(tmp_path, x[left], y[left], n=3, restarts=1, eps=0.05, step=0.02)
+    alone = fake_lab(tmp_path, x[left], y[left], n=3, restarts=1, eps=0.01, step=0.004)
     record, again = algorithm_1(alone, "alone", defence)
     assert record.all() and torch.allclose(again, adversary[left], atol=1e-6)
+
+
+def test_attacks_have_a_random_stream_of_their_own(tmp_path):
+    """What an experiment finds does not depend on who made the attack first; nor does a finished one draw."""
+    f, x = linear(), torch.rand(6, 1, 28, 28)
+    lab = fake_lab(tmp_path, x, f(x).argmax(1), n=0, restarts=1)
+    torch.manual_seed(1)
+    before, one = torch.get_rng_state(), algorithm_1(lab, "a", Defence(f))[1]
+    assert torch.equal(torch.get_rng_state(), before)
+    algorithm_1(lab, "a", Defence(f))                                           # from its file
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(algorithm_1(lab, "b", Defence(f))[1], one)
 
 
 def test_an_interrupted_attack_goes_on_bit_exactly(tmp_path):
@@ -481,7 +497,6 @@ def test_an_interrupted_attack_goes_on_bit_exactly(tmp_path):
     y = f(x).argmax(1)
     lab = fake_lab(tmp_path, x, y, n=3, restarts=2, eps=0.03, step=0.01, h_adv=2, h_def=3)
     defence = Defence(f, 2, Sampler(ebm(), 0.05, 1e-3))
-    torch.manual_seed(1)
     whole = algorithm_1(lab, "whole", defence)
 
     class Dying(Defence):
@@ -492,7 +507,6 @@ def test_an_interrupted_attack_goes_on_bit_exactly(tmp_path):
             if not self.left:
                 raise Killed
             return super().gradient(*arguments)
-    torch.manual_seed(1)
     with pytest.raises(Killed):
         algorithm_1(lab, "broken", Dying(f, 2, defence.sampler))
     torch.manual_seed(99)
@@ -509,7 +523,7 @@ def test_an_interrupted_attack_goes_on_bit_exactly(tmp_path):
 
 def test_lyapunov_exponent_of_linear_maps():
     torch.manual_seed(0)
-    x = torch.randn(5, 2, dtype=torch.float64)
+    x = torch.zeros(5, 2, dtype=torch.float64)
     A = torch.tensor([[2.0, 0.3], [0.0, 0.5]], dtype=torch.float64)
     found = lyapunov(lambda x, z: x @ A.T, x, 400, 1e-3, zeros)
     assert found.shape == (5,) and torch.allclose(found, torch.full_like(found, math.log(2)), atol=0.01)
