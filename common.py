@@ -405,7 +405,8 @@ def shuffled(n, seed):
 def batch_index(n, size, seed, t):
     """Indices int64 [size] of batch t: shuffled passes over n items, laid end to end."""
     place = torch.arange(t * size, (t + 1) * size)
-    return torch.stack([shuffled(n, seed + 7919 * int(p // n))[p % n] for p in place])
+    return torch.cat([shuffled(n, seed + 7919 * epoch)[place[place // n == epoch] % n]
+                      for epoch in range(int(place[0]) // n, int(place[-1]) // n + 1)])
 
 
 def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
@@ -837,11 +838,12 @@ def throughput(sampler, x, seconds):
     """Images x steps / s of sampler(x, steps) -> (x, a 0-d tensor); random generators stay as they were."""
     with torch.random.fork_rng():
         sampler(x, 2)[1].item()  # warm-up; .item() waits for the device
-        steps, start = 0, time.time()
-        while time.time() - start < seconds or not steps:
-            sampler(x, 4)[1].item()
-            steps += 4
-    return steps * len(x) / (time.time() - start)
+        steps, done, start = 4, 0, time.time()
+        while time.time() - start < seconds or not done:
+            sampler(x, steps)[1].item()
+            done += steps
+            steps = min(2 * steps, 256) if time.time() - start < seconds / 4 else steps  # fewer waits
+    return done * len(x) / (time.time() - start)
 
 
 def matrix_rate(device, side=2048):
@@ -997,8 +999,11 @@ def parse_args(doc, settings, experiments, argv=None):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=args.device)
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)  # streams and graphs are made on the current device
     except Exception:
         raise UserError(f"--device {args.device}: not available here; try --device cpu") from None
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; what may be rounded asks for bfloat16
     if args.list:
         print_list(experiments)
         raise SystemExit(0)
