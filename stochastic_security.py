@@ -354,8 +354,8 @@ class Defence:
     def gradient(self, x, y, H, last=0):
         """Eq. 2.10: F_H [B, classes], and the gradient of its loss averaged over the chains [B, C, S, S].
 
-        last = 0: BPDA, the identity for T. Else back through the chain's last steps, whose values are the true
-        chain's, and whose derivative is that of the smooth stand-in.
+        last = 0: BPDA, the identity for T. Else back through the chain's last steps: their values are the
+        true chain's, their derivative that of the smooth stand-in.
         """
         H, found = H if self.K else 1, []
         for x_, y_ in zip(x.split(max(self.chunk // H, 1)), y.split(max(self.chunk // H, 1))):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import at_gen
+import stochastic_security
 from common import load_images
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -36,3 +37,13 @@ def test_adversarial_auc_rises_on_real_images(tmp_path, name, p0):
     _, rows = at_gen.train(lab)
     assert rows[-1]["auc_adv"] > rows[0]["auc_adv"] + 0.1
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+
+
+def test_pgd_breaks_a_natural_classifier_of_real_digits(tmp_path):
+    """What stochastic_security.py starts from: high natural accuracy, none under PGD at eps .2."""
+    real("mnist")
+    lab = stochastic_security.Lab(stochastic_security.get_args([
+        "--dataset", "mnist", "--budget", "smoke", "--data-dir", str(DATA), "--out", str(tmp_path), "--device",
+        "cpu", "--f-iters", "120", "--images", "100", "--n", "20"]))
+    right = [(lab.f(x).argmax(1) == lab.y).float().mean().item() for x in (lab.x, lab.transferred)]
+    assert right[0] > 0.85 and right[1] < 0.2
