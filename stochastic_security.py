@@ -711,8 +711,8 @@ def traps(lab):
     x, y, less = lab.x[:n], lab.y[:n], dict(images=n, restarts=1)
     hard = less | dict(eps=1.5 * s.eps, step=1.5 * s.step)      # where many images are borderline
     fair = algorithm_1(lab, "trap-fair", defence, **hard)[0][-1]
-    one_pass = algorithm_1(lab, "trap-one-pass", defence, h_adv=1, h_def=1, **hard)[0][-1]
-    unverified = algorithm_1(lab, "trap-unverified", defence, verify=False, **hard)[0][-1]
+    one_pass = algorithm_1(lab, "trap-one-pass", defence, h_adv=1, **hard)[0][-1]
+    unverified = algorithm_1(lab, "trap-unverified", defence, h_adv=1, verify=False, **hard)[0][-1]
     closest = algorithm_1(lab, "trap-8bit", Defence(f), step=s.step / 10, **less)[1]  # just broken
     train_mode = copy.deepcopy(f).train()
 
@@ -722,8 +722,8 @@ def traps(lab):
     def pgd(eps=s.eps, **scale):
         return attack_f(f, x, y, s.n, eps / 4, eps, **scale)
     attacked = pgd()
-    pairs = {"F, 1.5 eps: one stochastic pass for gradient and verdict, not EOT": (one_pass, fair),
-             "F, 1.5 eps: breaks counted without verification": (unverified, fair),
+    pairs = {"F, 1.5 eps: gradient of one stochastic pass, not EOT": (one_pass, fair),
+             "F, 1.5 eps: breaks on one pass count without verification": (unverified, one_pass),
              "f under PGD: logits times 1e4": (right(pgd(scale=1e4)), right(attacked)),
              "f, smallest perturbations: images cut to 8 bit": (
                  right((closest * 255).byte().float() / 255), right(closest)),
