@@ -364,6 +364,32 @@ def test_F_H_is_the_mean_of_logits_of_independent_chains(exact):
     assert chains.mean(0).sub(0.5).abs().max() < 4 * spread / 20
 
 
+class Squares(nn.Module):
+    """Two logits that are not linear in the image, so that each chain has a gradient of its own."""
+
+    def forward(self, x):
+        return torch.stack([x.pow(2).flatten(1).mean(1), x.flatten(1).mean(1)], 1)
+
+
+class Offsets:
+    """In place of Sampler: chain h of image b ends at x + (h + 1) / 4, whatever was asked for."""
+    tau, temperature = 1.0, 1.0
+
+    def __call__(self, x, steps):
+        return x + (torch.arange(len(x)) // 3 + 1).view(-1, 1, 1, 1) / 4, torch.tensor(0.0)
+
+
+def test_eot_gradient_is_the_mean_over_chains_of_the_gradient_of_the_mean_logits(exact):
+    x, y, H = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 0]), 5
+    z = torch.stack([x + (h + 1) / 4 for h in range(H)]).requires_grad_(True)
+    mean = Squares()(z.flatten(0, 1)).view(H, 3, 2).mean(0)
+    gradient, = torch.autograd.grad(F.cross_entropy(mean, y, reduction="sum"), z)
+    found = Defence(Squares(), 1, Offsets(), chunk=15).gradient(x, y, H)
+    assert torch.allclose(found[0], mean, atol=1e-6)
+    assert torch.allclose(found[1], gradient.mean(0), atol=1e-7)
+    assert (gradient[0] - gradient[1]).abs().max() > 1e-4                       # one chain is not the mean
+
+
 def test_without_a_chain_there_is_one_evaluation():
     f = classifier()
     assert Defence(f).chains(torch.rand(3, 1, 28, 28), 50).shape == (1, 3, 10)
