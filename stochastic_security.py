@@ -745,21 +745,21 @@ PUBLISHED_2_3 = {"svhn": dict(zip(QUANTITIES, (1500, .0175, .9223, .6755, .8957,
                  "cifar100": dict(zip(QUANTITIES, (1500, .01, .5166, .2610, .5958, .2547)))}
 PUBLISHED_2_10 = {"cifar10": {"seconds for 100 images and 1500 steps": "13 (RTX 2070 Super)"}}
 EXPERIMENTS = {  # the figures of the source print no numbers
-    "table2.1": Experiment(table_2_1, "K = 0, 10, K against transfer", "3 min", True, PUBLISHED_2_1),
-    "table2.2": Experiment(table_2_2, "natural and robust accuracy beside AT", "2 min", True, PUBLISHED_2_2),
-    "figure2.3": Experiment(figure_2_3, "F_H of two images over H", "5 s", True),
+    "table2.1": Experiment(table_2_1, "K = 0, 10, K against transfer", "2.5 min", True, PUBLISHED_2_1),
+    "table2.2": Experiment(table_2_2, "natural and robust accuracy beside AT", "3 min", True, PUBLISHED_2_2),
+    "figure2.3": Experiment(figure_2_3, "F_H of two images over H", "20 s", True),
     "figure2.6": Experiment(figure_2_6, "energies", "1 s", True),
-    "table2.3": Experiment(table_2_2, "table2.2 with --dataset svhn, cifar100 (offline: symbols)", "", False,
-                           PUBLISHED_2_3),
-    "figure2.2": Experiment(figure_2_2, "short-run and long-run samples along training", "5 s"),
+    "table2.3": Experiment(table_2_2, "table2.2 of --dataset svhn, cifar100 (offline: symbols)", "3 min",
+                           False, PUBLISHED_2_3),
+    "figure2.2": Experiment(figure_2_2, "short-run and long-run samples along training", "25 s"),
     "figure2.4": Experiment(figure_2_4, "accuracy against eps", "10 min"),
     "figure2.5": Experiment(figure_2_5, "more attack steps, more chains", "5 min"),
-    "figure2.7": Experiment(figure_2_7, "Lyapunov exponent against noise", "3 min"),
-    "figure2.8": Experiment(figure_2_8, "accuracy against K, convergent or not", "10 min"),
-    "figure2.9": Experiment(figure_2_9, "Frechet distance against steps", "3 min"),
-    "figure2.10": Experiment(figure_2_10, "speed", "1 min", False, PUBLISHED_2_10),
+    "figure2.7": Experiment(figure_2_7, "Lyapunov exponent against noise", "1.5 min"),
+    "figure2.8": Experiment(figure_2_8, "accuracy against K, convergent or not", "3 min, another EBM 2 min"),
+    "figure2.9": Experiment(figure_2_9, "Frechet distance against steps", "3 min, another EBM 2 min"),
+    "figure2.10": Experiment(figure_2_10, "speed", "25 s", False, PUBLISHED_2_10),
     "precision": Experiment(precision, "bfloat16 against float32", "10 min"),
-    "traps": Experiment(traps, "six ways to a wrong number", "4 min"),
+    "traps": Experiment(traps, "six ways to a wrong number", "3 min"),
 }
 
 
