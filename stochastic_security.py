@@ -758,7 +758,7 @@ EXPERIMENTS = {  # the figures of the source print no numbers
     "figure2.8": Experiment(figure_2_8, "accuracy against K, convergent or not", "3 min, another EBM 2 min"),
     "figure2.9": Experiment(figure_2_9, "Frechet distance against steps", "3 min, another EBM 2 min"),
     "figure2.10": Experiment(figure_2_10, "speed", "25 s", False, PUBLISHED_2_10),
-    "precision": Experiment(precision, "bfloat16 against float32", "10 min"),
+    "precision": Experiment(precision, "bfloat16 against float32", "5 min"),
     "traps": Experiment(traps, "six ways to a wrong number", "3 min"),
 }
 
