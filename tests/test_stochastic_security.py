@@ -200,8 +200,11 @@ def test_adam_before_the_switch_sgd_after(tmp_path, monkeypatch):
     lab = lab_of(tmp_path)
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: made.append(("Adam", lr)) or Adam(p, lr))
     monkeypatch.setattr(torch.optim, "SGD", lambda p, lr: made.append(("SGD", lr)) or SGD(p, lr))
+    steps, step = [], Adam.step
+    monkeypatch.setattr(Adam, "step", lambda self, *a: steps.append(1) or step(self, *a))
     V, rows, snapshots = ss.train_ebm(lab)
     s = lab.s
+    assert len(steps) == s.switch
     assert made == [("Adam", s.adam_lr), ("SGD", pytest.approx(s.sgd_lr * s.temperature))]
     assert rows[-1]["it"] == s.updates and s.switch in [snapshot["it"] for snapshot in snapshots]
     assert torch.equal(snapshots[-1]["V"]["body.0.weight"], V.state_dict()["body.0.weight"])
