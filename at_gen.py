@@ -388,10 +388,6 @@ class Lab:
     def f(self):
         return self.trained[0]
 
-    def save(self, figure, name):
-        figure.savefig(self.run.folder / f"{name}.png", dpi=110)
-        plt.close(figure)
-
 
 # --- experiments --------------------------------------------------------------------------------------------
 
@@ -402,7 +398,7 @@ def figure_2_7(lab):
     picture_grid(axes[0], lab.seeds(60), 15, f"source images ({lab.p0.name})")
     samples = pgd_attack(lab.f, lab.seeds(60), lab.s.sample_steps, lab.s.sample_step)
     picture_grid(axes[1], samples, 15, f"samples: {lab.s.sample_steps} PGD steps up f, uncurated")
-    lab.save(figure, "figure2.7")
+    lab.run.save(figure, "figure2.7")
     sets = {"p0": lab.seeds(60), "samples": samples, "data": lab.data.take(slice(0, 60)).to(lab.args.device)}
     return {f"mean f of {name}": lab.f(x).mean().item() for name, x in sets.items()}
 
@@ -419,7 +415,7 @@ def sweep(lab):
     axis.set_yticks([])
     width = path[0].shape[-1] + 1
     axis.set_xticks([width * (i + 0.5) for i in range(len(steps))], budgets)
-    lab.save(figure, "sweep")
+    lab.run.save(figure, "sweep")
     return numbers
 
 
@@ -494,7 +490,7 @@ def figure_2_3(lab):
     picture_grid(axes[0], lab.seeds(40), 20, "source images, the same for all")
     for axis, x, (name, value) in zip(axes[1:], pictures, rows.items()):
         picture_grid(axis, x, 20, f"{name.split(' ', 1)[1]}: {lab.fd} {value:.1f}")
-    lab.save(figure, "figure2.3")
+    lab.run.save(figure, "figure2.3")
     return rows
 
 
@@ -512,7 +508,7 @@ def figure_2_4(lab):
     figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     axis.plot(ks, list(rows.values()), "o-")
     axis.set(xlabel="K (fixed)", ylabel=f"{lab.fd} ({lab.s.images} samples)", ylim=(0, None))
-    lab.save(figure, "figure2.4")
+    lab.run.save(figure, "figure2.4")
     return rows
 
 
@@ -532,7 +528,7 @@ def figure_2_5(lab):
     axes[0].set(xlabel="training seconds", ylabel=f"{lab.fd} (500 samples)", yscale="log")
     axes[1].set(xlabel="attack gradients")
     axes[0].legend()
-    lab.save(figure, "figure2.5")
+    lab.run.save(figure, "figure2.5")
     return rows
 
 
@@ -556,7 +552,7 @@ def stability(lab):
         rows[f"updates before it ran away, {label}"] = ended
     axis.set(xlabel="update", ylabel="mean f(x) - mean f(x*)", yscale="symlog")
     axis.legend()
-    lab.save(figure, "stability")
+    lab.run.save(figure, "stability")
     return rows
 
 

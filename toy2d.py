@@ -271,8 +271,7 @@ def finish(lab, figure, name, sentence):
     """Write the sentence under the picture, save it, and return it for the record."""
     lines = textwrap.fill(sentence, round(13.5 * figure.get_figwidth()))
     figure.text(0.5, 0.02, lines, fontsize=9, ha="center")
-    figure.savefig(lab.run.folder / f"{name}.png", dpi=110)
-    plt.close(figure)
+    lab.run.save(figure, name)
     return sentence
 
 
