@@ -7,7 +7,7 @@ Networks scale or normalise inside their own forward. Whatever a user can get wr
 script turns into one line on stderr and exit code 2 before any work.
 
     1. data          load_images("glyphs", "train") -> Images (in memory) or Pictures (files, by a DataLoader)
-    2. networks      MnistCNN, SmallCNN, PlainCNN, ResNet, WideResNet, ResBlockD, LightEBM, InceptionFeatures
+    2. networks      make_net(name): classifiers, energies (LightEBM, SNGANEnergy, BigGANEnergy), U-Net, ...
     3. checkpoints   save_checkpoint, load_checkpoint
     4. command line  parse_args, Run (folder, log.csv, results.json, closing table)
 """
@@ -166,6 +166,11 @@ def render_glyphs(chars, fonts, n, seed, side=28):
 def ink_mask(images):
     """Segmentation mask of rendered glyphs: float [B, 1, H, W] in [0, 1] -> bool, true where there is ink."""
     return images >= 0.5
+
+
+def ink_classes(images):
+    """Masks uint8 [N, S, S] of grey Images: 0, or class + 1 where there is ink."""
+    return (ink_mask(images.take(slice(None)))[:, 0] * (images.y[:, None, None] + 1)).to(torch.uint8)
 
 
 def made_here(name, split, channels=1, side=28):
@@ -382,6 +387,89 @@ def torchvision_pictures(name, split, data_dir, side):
     return Pictures(source, side, name, masks=name == "pets")
 
 
+def in_memory(pictures, workers=2):
+    """Pictures -> Images: all of them read (centre crops), with their labels, or with masks for the pets.
+
+    Labels: torchvision's, or the rank of the folder that a file lies in among these files' folders. Masks are
+    uint8 [N, S, S]: 1 for the pet and its outline, 0 for what lies behind.
+    """
+    loader = torch.utils.data.DataLoader(pictures, batch_size=64, num_workers=workers)
+    try:
+        parts = list(loader)
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
+    if pictures.masks:
+        x, trimaps = (torch.cat(column) for column in zip(*parts))
+        return Images(x, (trimaps != 2).to(torch.uint8), pictures.name)
+    return Images(torch.cat(parts), folder_labels(pictures), pictures.name)
+
+
+def folder_labels(pictures):
+    """Labels int64 [N] of Pictures: torchvision's, or the rank of each file's folder among the folders."""
+    if not isinstance(pictures.source, list):
+        return torch.tensor([pictures.source[i][1] for i in range(len(pictures))])
+    names = [file.parent.name for file in pictures.source]
+    rank = {name: i for i, name in enumerate(sorted(set(names)))}
+    return torch.tensor([rank[name] for name in names])
+
+
+def load_classes(name, split="train", data_dir="data", channels=None, side=None):
+    """A labelled set in memory, or its classes a to b where the name is NAME:a-b -> Images, labels from 0."""
+    name, colon, part = name.partition(":")
+    data = load_images(name, split, data_dir, channels, side)
+    data = in_memory(data) if isinstance(data, Pictures) else data
+    if not colon:
+        return data
+    first, last = (int(v) if v.isdecimal() else -1 for v in (part.split("-") + [""])[:2])
+    kept = (data.y >= first) & (data.y <= last)
+    if not 0 <= first < last or len(data.y[kept].unique()) < 2:
+        raise UserError(f"{name}:{part}: expected NAME:a-b, the classes a to b of a labelled set")
+    return Images(data.x[kept], data.y[kept] - first, f"{name}:{part}")
+
+
+def with_clutter(images, others, seed, pieces=2):
+    """A segmentation task: grey Images, each with `pieces` windows cut out of images of `others` around it.
+
+    The brighter of the two wins in every pixel. Masks: ink_classes of the image itself.
+    """
+    g, (n, _, side, _) = torch.Generator().manual_seed(seed), images.x.shape
+    pasted, size = torch.zeros_like(images.x), side // 3
+    place = torch.arange(side)
+    for _ in range(pieces):
+        y, x = torch.randint(0, side - size + 1, (2, n, 1), generator=g)
+        high, wide = ((place >= start) & (place < start + size) for start in (y, x))  # bool [N, S]
+        window = high[:, :, None] & wide[:, None]                                     # bool [N, S, S]
+        piece = others.x[torch.randint(len(others), (n,), generator=g)]
+        pasted = torch.where(window[:, None], piece, pasted)
+    return Images(torch.maximum(images.x, pasted), ink_classes(images), f"{images.name} with {others.name}")
+
+
+def on_photos(images, photos, seed):
+    """A segmentation task: grey Images, each in a colour of its own, three quarters opaque, on colour Images.
+
+    Masks: ink_classes of the grey images.
+    """
+    g, n = torch.Generator().manual_seed(seed), len(images)
+    colour = torch.randint(0, 256, (n, 3, 1, 1), generator=g).float()
+    behind = photos.x[torch.randint(len(photos), (n,), generator=g)]
+    opaque = 0.75 * images.take(slice(None))                                              # [N, 1, S, S]
+    x = (opaque * colour + (1 - opaque) * behind).round().to(torch.uint8)
+    return Images(x, ink_classes(images), f"{images.name} on {photos.name}")
+
+
+def load_masks(name, around, split="train", data_dir="data", channels=1, side=28):
+    """A segmentation task in memory -> Images, y: masks uint8 [N, S, S]; "pets", or classes of a grey set.
+
+    The grey set is drawn among fragments of letters, or for three channels on photos of the set `around`.
+    """
+    if name == "pets":
+        return in_memory(load_images(name, split, data_dir, side=side))
+    images, seed = load_images(name, split, data_dir, 1, side), 5 if split == "train" else 6
+    if channels == 3:
+        return on_photos(images, load_images(around, split, data_dir, 3, side), seed)
+    return with_clutter(images, load_images("letters", split, data_dir, 1, side), seed)
+
+
 def crop_flip(x, seed, pad=4, flip=True):
     """Random zero-padded crop and horizontal flip, per image, of floats [B, C, H, W] by tensor functions."""
     g = torch.Generator().manual_seed(seed)
@@ -567,24 +655,229 @@ class LightEBM(nn.Module):
     def forward(self, x):
         return self.body(2 * x - 1).flatten(1)
 
-    def smoothed(self, beta):
-        """A frozen copy with SmoothLeakyReLU(beta) in place of leaky ReLU."""
-        other = copy.deepcopy(self).requires_grad_(False)
-        for i, layer in enumerate(other.body):
-            if isinstance(layer, nn.LeakyReLU):
-                other.body[i] = SmoothLeakyReLU(beta)
-        return other
-
 
 class SmoothLeakyReLU(nn.Module):
-    """Leaky ReLU (.05) with a rounded corner: it has a second derivative within some 1 / beta of 0."""
+    """Leaky ReLU with a rounded corner: it has a second derivative within some 1 / beta of 0."""
 
-    def __init__(self, beta):
+    def __init__(self, slope, beta):
         super().__init__()
-        self.beta = beta
+        self.slope, self.beta = slope, beta
 
     def forward(self, x):
-        return 0.05 * x + 0.95 * F.softplus(x, self.beta)
+        return self.slope * x + (1 - self.slope) * F.softplus(x, self.beta)
+
+
+def smoothed(net, beta):
+    """A frozen copy of an energy with SmoothLeakyReLU(beta) in place of every ReLU and leaky ReLU."""
+    other = copy.deepcopy(net).requires_grad_(False)
+    for module in list(other.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, (nn.ReLU, nn.LeakyReLU)):
+                setattr(module, name, SmoothLeakyReLU(getattr(layer, "negative_slope", 0.0), beta))
+    return other
+
+
+class DBlock(nn.Module):
+    """Residual block of an SNGAN discriminator, no normalisation; down halves the side, first: the stem."""
+
+    def __init__(self, c_in, c_out, down=False, first=False):
+        super().__init__()
+        pool = [nn.AvgPool2d(2)] if down else []
+        self.main = nn.Sequential(*[nn.ReLU()][first:], nn.Conv2d(c_in, c_out, 3, 1, 1), nn.ReLU(),
+                                  nn.Conv2d(c_out, c_out, 3, 1, 1), *pool)
+        skip = [nn.Conv2d(c_in, c_out, 1), *pool] if down else []
+        self.shortcut = nn.Sequential(*(reversed(skip) if first else skip))  # the stem pools first
+
+    def forward(self, x):
+        return self.main(x) + self.shortcut(x)
+
+
+SNGAN_WIDTHS = {  # side: channels of the energy, how many of its blocks halve the side, of the generator
+    28: ((256,) * 4, 2, (256,) * 3), 32: ((256,) * 4, 2, (256,) * 4),
+    64: ((64, 128, 256, 512, 1024), 5, (1024, 512, 256, 128, 64)),
+    128: ((64, 128, 256, 512, 1024, 1024), 5, (1024, 1024, 512, 256, 128, 64))}
+
+
+class SNGANEnergy(nn.Module):
+    """An SNGAN discriminator without its spectral norm: thesis ch. 3. [B, C, S, S] -> [B, outputs], V(x).
+
+    4,204,800 parameters at 28 and 32 pixels, 19,542,720 at 64, 38,419,136 at 128 (three channels). Glorot
+    initialisation, mean pooling, no bias in the head. width multiplies the channels.
+    """
+
+    def __init__(self, width=1.0, outputs=1, channels=3, side=32):
+        super().__init__()
+        wide, downs, _ = SNGAN_WIDTHS[side]
+        wide = [max(round(w * width), 1) for w in wide]
+        self.body = nn.Sequential(*[DBlock(a, b, i < downs, not i) for i, (a, b) in
+                                    enumerate(zip([channels, *wide], wide))], nn.ReLU())
+        self.head = nn.Linear(wide[-1], outputs, bias=False)
+        init_xavier(self)
+
+    def forward(self, x):
+        return self.head(self.body(2 * x - 1).mean((2, 3)))
+
+
+def spectral(net):
+    """Spectral normalisation, in place, of every convolution and linear layer: SNGAN's discriminator."""
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            torch.nn.utils.parametrizations.spectral_norm(m)
+    return net
+
+
+class GBlock(nn.Module):
+    """Residual block of an SNGAN generator that doubles the side (bilinear)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        self.main = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), up, nn.Conv2d(c_in, c_out, 3, 1, 1),
+                                  nn.BatchNorm2d(c_out), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1))
+        self.shortcut = nn.Sequential(up, nn.Conv2d(c_in, c_out, 1))
+
+    def forward(self, x):
+        return self.main(x) + self.shortcut(x)
+
+
+class SNGANGenerator(nn.Module):
+    """z [B, 128] ~ N(0, I) -> images [B, C, S, S] in [0, 1]; first layer 4x4 (7x7 for 28 pixels).
+
+    4,276,739 parameters at 32 pixels, 12,220,675 at 64, 32,150,787 at 128. width multiplies the channels.
+    """
+    latent = 128
+
+    def __init__(self, width=1.0, channels=3, side=32):
+        super().__init__()
+        self.first = 7 if side == 28 else 4
+        wide = [max(round(w * width), 1) for w in SNGAN_WIDTHS[side][2]]
+        self.linear = nn.Linear(self.latent, wide[0] * self.first ** 2)
+        self.body = nn.Sequential(*[GBlock(a, b) for a, b in zip(wide, wide[1:])],
+                                  nn.BatchNorm2d(wide[-1]), nn.ReLU(), nn.Conv2d(wide[-1], channels, 3, 1, 1))
+        init_xavier(self)
+
+    def forward(self, z):
+        return (torch.tanh(self.body(self.linear(z).unflatten(1, (-1, self.first, self.first)))) + 1) / 2
+
+
+class DeepBlock(nn.Module):
+    """Bottleneck block of a BigGAN-deep discriminator; a 1x1 layer adds the channels its shortcut lacks."""
+
+    def __init__(self, c_in, c_out, down):
+        super().__init__()
+        c = max(c_in // 4, 1)
+        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
+        self.main = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(c_in, c, 1), nn.ReLU(), nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(),
+            nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(), self.pool, nn.Conv2d(c, c_out, 1))
+        self.extra = nn.Conv2d(c_in, c_out - c_in, 1) if c_out > c_in else None
+
+    def forward(self, x):
+        short = self.pool(x)
+        if self.extra is not None:
+            short = torch.cat([short, self.extra(short)], 1)
+        return self.main(x) + short
+
+
+class SelfAttention(nn.Module):
+    """x + gamma times attention over positions, keys and values at half the side; [B, C, H, W]."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.query, self.key = nn.Conv2d(c, c // 8, 1, bias=False), nn.Conv2d(c, c // 8, 1, bias=False)
+        self.value, self.out = nn.Conv2d(c, c // 2, 1, bias=False), nn.Conv2d(c // 2, c, 1, bias=False)
+        self.gamma = nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        q, k, v = (part.flatten(2).transpose(1, 2) for part in (
+            self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)))
+        seen = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # [B, H W, C / 2]
+        return x + self.gamma * self.out(seen.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class BigGANEnergy(nn.Module):
+    """BigGAN-deep's discriminator as an energy: thesis ch. 3, ImageNet at 224. [B, C, S, S] -> [B, 1], V(x).
+
+    4,289,605 parameters at width 48. No normalisation: in the published code its spectral norm is inert.
+    """
+
+    def __init__(self, width=48, channels=3):
+        super().__init__()
+        w, steps = width, ((1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 8), (8, 8), (8, 16), (16, 16),
+                           (16, 16), (16, 16))
+        blocks = [DeepBlock(a * w, b * w, not i % 2) for i, (a, b) in enumerate(steps)]
+        self.body = nn.Sequential(nn.Conv2d(channels, w, 3, 1, 1), *blocks[:4], SelfAttention(4 * w),
+                                  *blocks[4:], nn.ReLU())
+        self.head = nn.Linear(16 * w, 1, bias=False)
+        init_xavier(self)
+
+    def forward(self, x):
+        return self.head(self.body(2 * x - 1).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """U-Net: [B, C, S, S] -> [B, outputs, S, S], S a multiple of 2^levels.
+
+    Per-pixel logits of a segmentation (with BatchNorm), or (norm=False; outputs as channels) a score.
+    """
+
+    def __init__(self, width=16, outputs=2, channels=1, levels=2, norm=True):
+        super().__init__()
+        self.norm = norm
+        wide = [width * 2 ** i for i in range(levels + 1)]
+        self.down = nn.ModuleList(self.double(a, b) for a, b in zip([channels, *wide], wide))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, 2) for w in wide[:-1])
+        self.join = nn.ModuleList(self.double(2 * w, w) for w in wide[:-1])
+        self.head = nn.Conv2d(width, outputs, 1)
+
+    def double(self, c_in, c_out):
+        """Two convolutions, each with its ReLU."""
+        return nn.Sequential(*[layer for a in (c_in, c_out) for layer in (
+            nn.Conv2d(a, c_out, 3, 1, 1), nn.BatchNorm2d(c_out) if self.norm else nn.Identity(), nn.ReLU())])
+
+    def forward(self, x):
+        x, kept = 2 * x - 1, []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if i else x)
+            kept.append(x)
+        for i in reversed(range(len(self.up))):
+            x = self.join[i](torch.cat([self.up[i](x), kept[i]], 1))
+        return self.head(x)
+
+
+class Pretrained(nn.Module):
+    """A torchvision network with its ImageNet weights (they are downloaded): [B, 3, S, S] -> [B, outputs].
+
+    Normalises, and resizes to `side`, inside. The head is kept for 1000 outputs, else made anew.
+    """
+
+    def __init__(self, name, outputs, side):
+        super().__init__()
+        try:
+            self.net = torchvision.models.get_model(name, weights="DEFAULT")
+        except Exception as error:
+            raise UserError(f"{name}: torchvision has no weights for it here ({first_line(error)}); mend the "
+                            "network, or take a network that is trained here") from None
+        self.side = side
+        head = next(n for n in ("fc", "classifier", "head") if hasattr(self.net, n))
+        last = getattr(self.net, head)
+        inner = last[-1] if isinstance(last, nn.Sequential) else last
+        new = inner if outputs == 1000 else nn.Linear(inner.in_features, outputs)
+        if inner is last:
+            setattr(self.net, head, nn.Identity())
+            self.head = new
+        else:
+            last[-1], self.head = nn.Identity(), new
+        for key, value in (("mean", (.485, .456, .406)), ("std", (.229, .224, .225))):
+            self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
+
+    def features(self, x):
+        size = (self.side, self.side)
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.net((x - self.mean) / self.std)
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
 
 class Block(nn.Module):
@@ -717,7 +1010,9 @@ def feature_network(data, data_dir, classifier):
     """Of a Frechet distance: ("FID", Inception-V3) for colour images where its weights are at hand, else
     ("FD-cls", the classifier)."""
     file = data.shape[0] == 3 and InceptionFeatures.at_hand(data_dir)
-    return ("FID", InceptionFeatures(file).to(data.x.device)) if file else ("FD-cls", classifier)
+    if not file:
+        return "FD-cls", classifier
+    return "FID", InceptionFeatures(file).to(next(classifier.parameters()).device)
 
 
 @torch.no_grad()
@@ -730,6 +1025,7 @@ def feature_statistics(network, x):
 def make_net(name, outputs, shape, width=1.0):
     """A network by name for images of shape (C, H, W); the names are the keys below."""
     c, side, _ = shape
+    levels = 2 if side <= 32 else 3 if side <= 64 else 4  # of a U-Net
     made = {"plain": lambda: PlainCNN(round(32 * width), outputs, c, side),
             "mnist_cnn": lambda: MnistCNN(outputs, c, side),
             "resnet18": lambda: ResNet(18, width, outputs, c),
@@ -738,12 +1034,19 @@ def make_net(name, outputs, shape, width=1.0):
             "small_cnn": lambda: SmallCNN(round(16 * width), outputs, c),
             "wrn16": lambda: WideResNet(16, width, outputs, c),  # width: the widening factor
             "wrn28": lambda: WideResNet(28, width, outputs, c),
-            "light_ebm": lambda: LightEBM(round(32 * width), c, side)}
+            "light_ebm": lambda: LightEBM(round(32 * width), c, side),
+            "sngan": lambda: SNGANEnergy(width, outputs, c, side),
+            "sngan_generator": lambda: SNGANGenerator(width, c, side),  # takes z [B, 128]
+            "biggan_deep": lambda: BigGANEnergy(round(48 * width), c),
+            "unet": lambda: UNet(round(16 * width), outputs, c, levels),
+            "score": lambda: UNet(round(16 * width), c, c, levels, norm=False),
+            "efficientnet_b7": lambda: Pretrained("efficientnet_b7", outputs, 600),
+            "pretrained50": lambda: Pretrained("resnet50", outputs, 224)}
     if name not in made:
         raise UserError(f"unknown network '{name}'; known: {', '.join(made)}")
     try:
         return made[name]()
-    except (ArithmeticError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"no {name} of width {width} for images {tuple(shape)}: {error}") from None
 
 
@@ -781,7 +1084,7 @@ def train_classifier(run, data, classes, net, width, iterations, name="classifie
         stream = batches(data, batch, run.args.seed + 2, state["it"], "none", run.device)
     for it in range(state["it"] + 1, iterations + 1):
         x, i = next(stream)
-        y = data.y[i.to(data.y.device)].to(run.device)
+        y = data.y[i.to(data.y.device)].to(run.device).long()  # labels [B], or masks [B, S, S]
         if augment != "none":
             x = crop_flip(x, run.args.seed + 2 + 31 * (it - 1), flip=augment == "crop_flip")
         if adversary:
@@ -799,6 +1102,40 @@ def train_classifier(run, data, classes, net, width, iterations, name="classifie
             save_checkpoint(file, made_with, model=model.state_dict(), optimizer=optimizer.state_dict(),
                             schedule=schedule.state_dict(), it=it, rows=log.rows)
     return model.eval()
+
+
+def updates(run, name, total, made_with, parts, show, log_every, save_every, cost=None):
+    """Count the updates of a training: yields (it, row), it = 1 ... total, with log-NAME.csv and NAME.pt.
+
+    The loop fills `row` with numbers; every log_every updates their means are a line of the log. parts {name:
+    module, optimizer or tensor} is what a checkpoint holds: an interrupted training goes on where it was, a
+    finished one yields nothing; either way the parts are restored, in place. cost(): seconds an update, said
+    beforehand. Raises Diverged when a number is not finite.
+    """
+    file = run.folder / f"{name}.pt"
+    state = load_checkpoint(file, made_with) or {"it": 0, "rows": [], "since": []}
+    for key, part in parts.items() if state["it"] else ():
+        part.copy_(state[key]) if isinstance(part, torch.Tensor) else part.load_state_dict(state[key])
+    if state["it"] >= total:
+        return
+    expected = f", some {(total - state['it']) * cost():.0f} s at this machine's speed" if cost else ""
+    print(f"training {name}: {total - state['it']} updates{expected}", flush=True)
+    log, since = Log(run.folder / f"log-{name}.csv", total, state["rows"], show), state["since"]
+    for it in range(state["it"] + 1, total + 1):
+        row = {}
+        yield it, row
+        since.append(row)
+        finite = all(math.isfinite(v) for v in row.values())
+        if it % log_every == 0 or it == total or not finite:
+            log.add(it, **{k: sum(r[k] for r in since) / len(since) for k in row})
+            since = []
+        if not finite:
+            raise Diverged(f"training {name} diverged at update {it}: a number is not finite; try a lower "
+                           "learning rate", log.rows)
+        if it % save_every == 0 or it == total:
+            save_checkpoint(file, made_with, it=it, rows=log.rows, since=since, **{
+                key: part if isinstance(part, torch.Tensor) else part.state_dict()
+                for key, part in parts.items()})
 
 
 def bfloat16_units(device):
@@ -1093,6 +1430,12 @@ def picture_grid(axis, x, columns, title):
     axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_title(title, fontsize=10)
     axis.axis("off")
+
+
+def class_colours(mask):
+    """Classes [N, S, S], 0 the background -> a colour each on black, float [N, 3, S, S] in [0, 1]."""
+    colours = torch.tensor(((0, 0, 0), *plt.get_cmap("tab10").colors), dtype=torch.float32)
+    return colours[torch.where(mask > 0, (mask.long() - 1) % 10 + 1, 0).cpu()].permute(0, 3, 1, 2)
 
 
 def hardware(device):

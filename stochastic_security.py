@@ -384,9 +384,9 @@ class Defence:
 def algorithm_1(lab, name, defence, last=0, norm="inf", verify=True, **changes):
     """Algorithm 1 -> (record bool [1 + restarts (N + 1), n]: still right; adversaries float32 [n, C, S, S]).
 
-    Row 0: natural images; row t: not broken up to the t-th evaluation. Adversary: what broke the image, else
-    the last one tried; the natural image where that is wrong. `last` as in Defence.gradient; norm inf or 2;
-    verify=False is a trap; changes: to the settings. An interrupted attack goes on.
+    Row 0: natural images; row t: not broken up to the t-th evaluation; what is right, lab.right says. The
+    adversary: what broke the image, else the last one tried; the image itself where that is wrong. `last` as
+    in Defence.gradient; norm inf or 2; verify=False is a trap; changes: to the settings. Can be interrupted.
     """
     s = dataclasses.replace(lab.s, **changes)
     x0, y, file = lab.x[:s.images], lab.y[:s.images], lab.run.folder / f"attack-{name}.pt"
@@ -396,7 +396,7 @@ def algorithm_1(lab, name, defence, last=0, norm="inf", verify=True, **changes):
     if state:
         x, record = state["x"].to(x0.device), state["record"].to(x0.device)
     else:
-        x, record = x0.clone(), (defence.predict(x0, s.h_def) == y)[None]
+        x, record = x0.clone(), lab.right(defence.predict(x0, s.h_def), slice(len(y)))[None]
         cost = (time.time() - start) / s.h_def * s.h_adv * total
         print(f"  {name}: {total} evaluations of {len(y)} images, at most some {cost:.0f} s", flush=True)
     said = time.time()
@@ -407,9 +407,9 @@ def algorithm_1(lab, name, defence, last=0, norm="inf", verify=True, **changes):
             if t % (s.n + 1) == 0:
                 x[alive] = random_start(x0, s.eps, norm)[alive]
             logits, gradient = defence.gradient(x[alive], y[alive], s.h_adv, last)
-            broken = alive[logits.argmax(1) != y[alive]]
+            broken = alive[~lab.right(logits.argmax(1), alive)]
             if len(broken) and verify:
-                broken = broken[defence.predict(x[broken], s.h_def) != y[broken]]
+                broken = broken[~lab.right(defence.predict(x[broken], s.h_def), broken)]
             right[broken] = False
             left = right[alive]
             if t % (s.n + 1) < s.n:                             # no update after a restart's last evaluation
@@ -477,6 +477,10 @@ class Lab:
     transferred = functools.cached_property(common.own_randomness(  # PGD from f
         lambda lab: attack_f(lab.f, lab.x, lab.y, lab.s.n, lab.s.step, lab.s.eps)))
 
+    def right(self, prediction, index):
+        """Whether predicted classes [B] are the labels of the images of this index: bool [B]."""
+        return prediction == self.y[index]
+
     def sampler(self, V=None, fast=True, noise=torch.randn_like):
         return Sampler(V or self.ebm[0], self.s.tau, self.s.temperature, fast, self.s.graph, noise)
 
@@ -485,7 +489,7 @@ class Lab:
         V, K = V or self.ebm[0], self.s.k if K is None else K
         if (V, fast) not in self.samplers:
             self.samplers[V, fast] = self.sampler(V, fast)
-        return Defence(self.f, K, self.samplers[V, fast], V.smoothed(self.s.beta), self.s.chunk)
+        return Defence(self.f, K, self.samplers[V, fast], common.smoothed(V, self.s.beta), self.s.chunk)
 
 
 # --- experiments --------------------------------------------------------------------------------------------

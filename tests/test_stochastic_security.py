@@ -56,7 +56,7 @@ def fake_lab(tmp_path, x, y, **changes):
     """What algorithm_1 asks of a Lab."""
     s = dataclasses.replace(ss.SETTINGS["glyphs"]["smoke"], images=len(x), **changes)
     return SimpleNamespace(s=s, x=x, y=y, run=SimpleNamespace(folder=tmp_path), made_with={"seed": 0},
-                           args=SimpleNamespace(seed=0))
+                           args=SimpleNamespace(seed=0), right=lambda prediction, index: prediction == y[index])
 
 
 def lab_of(tmp_path, *flags, name="runs"):
@@ -405,7 +405,7 @@ def test_through_a_piecewise_linear_chain_the_gradient_is_bpdas(exact):
     y = torch.arange(4)
     bpda = Defence(f, 3, sampler, V).gradient(x, y, 1)
     through = Defence(f, 3, sampler, V).gradient(x, y, 1, last=3)
-    smooth = Defence(f, 3, sampler, V.smoothed(5.0)).gradient(x, y, 1, last=3)
+    smooth = Defence(f, 3, sampler, common.smoothed(V, 5.0)).gradient(x, y, 1, last=3)
     assert torch.allclose(bpda[0], through[0], atol=1e-4)
     assert torch.allclose(bpda[1], through[1], rtol=1e-3, atol=1e-7)
     assert (smooth[1] - bpda[1]).norm() > 1e-3 * bpda[1].norm()
@@ -420,9 +420,9 @@ def test_gradient_through_the_chain_of_a_quadratic(exact):
 
 def test_the_smooth_stand_in_tends_to_V():
     V, x = ebm(), torch.rand(4, 1, 28, 28)
-    off = [(V.smoothed(beta)(x) - V(x)).abs().max().item() for beta in (10, 100, 1e4)]
+    off = [(common.smoothed(V, beta)(x) - V(x)).abs().max().item() for beta in (10, 100, 1e4)]
     assert off[0] > off[1] > off[2] and off[2] < 1e-4
-    assert isinstance(V.body[1], nn.LeakyReLU) and not any(p.requires_grad for p in V.smoothed(1).parameters())
+    assert isinstance(V.body[1], nn.LeakyReLU) and not any(p.requires_grad for p in common.smoothed(V, 1).parameters())
 
 
 # --- Algorithm 1 ---
