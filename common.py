@@ -173,6 +173,7 @@ def ink_classes(images):
     return (ink_mask(images.take(slice(None)))[:, 0] * (images.y[:, None, None] + 1)).to(torch.uint8)
 
 
+@functools.lru_cache(maxsize=8)
 def made_here(name, split, channels=1, side=28):
     """Sets without a file: rendered digits, letters and symbols (10,000 train, 2,000 test), uniform noise."""
     n, offset = (10_000, 0) if split == "train" else (2_000, 1)

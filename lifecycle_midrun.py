@@ -101,7 +101,8 @@ class Settings:
     power: int = 4               # table 3.3: times N, with 4/3 of H_adv
     last: int = 10               # steps of the chain that the stronger attack goes back through
     beta: float = 20.0           # sharpness of its stand-in for ReLU
-    n_last: int = 50             # N of that attack, of figures 3.3 and 3.4
+    n_last: int = 50             # N of that attack
+    n_few: int = 50              # N of figures 3.3 and 3.4
     other: str = "cifar100"      # table 4.1: a data set, or some of its classes, NAME:0-9
     other_net: str = ""          # its classifier; f's
     other_iters: int = 50_000
@@ -135,13 +136,13 @@ GREY = new(  # 28 pixels, not in the source; f, eps, tau, T and attack are those
     PAPER, f_net="small_cnn", f_width=1.0, f_iters=300, f_sgd=0.0, augment="none", net="light_ebm", width=0.5,
     updates=800, lr=4e-4, batch=64, bank=1024, k_train=20, rejuvenate="data", tau_train=0.015, tau=0.015,
     temperature=1e-4, data_noise=0.03, tau_short=0.006, g_width=0.125, g_iters=1500, k=75, h_def=24, h_adv=6,
-    n=20, eps=0.08, step=0.02, last=5, n_last=10, other="letters:0-9", other_iters=300, masks="glyphs",
-    u_width=1.0, u_iters=1200, s_width=1.0, s_iters=1500, images=100, few=50, chunk=250, log_every=100,
-    save_every=200)
+    n=20, eps=0.08, step=0.02, last=5, n_last=6, n_few=10, other="letters:0-9", other_iters=300,
+    masks="glyphs", u_width=1.0, u_iters=1000, s_width=1.0, s_iters=1500, images=100, few=50, chunk=250,
+    log_every=100, save_every=200)
 MNIST = new(GREY, f_iters=600, updates=1600, k=100, eps=0.2, step=0.05, masks="mnist")
 QUICK = dict(f_iters=6000, width=0.5, updates=6000, batch=100, bank=5000, k_train=50, g_width=0.5,
-             g_iters=4000, k=500, h_def=50, h_adv=8, n=20, last=5, n_last=10, u_iters=2000, s_iters=5000,
-             s_width=2.0, images=200, few=100, other_iters=6000, log_every=200, save_every=500)
+             g_iters=4000, k=500, h_def=50, h_adv=8, n=20, last=5, n_last=10, n_few=10, u_iters=2000,
+             s_iters=5000, s_width=2.0, images=200, few=100, other_iters=6000, log_every=200, save_every=500)
 CIFAR = new(PAPER, f_net="wrn16", f_width=4.0, other="cifar100:0-9", **QUICK)
 TINY = new(CIFAR, classes="0-9", energy_classes="0-99", other="tinyimagenet:100-109", f_iters=2000,
            other_iters=2000, width=0.25, rejuvenate="data", tau_train=0.005, eps=4 / 255, step=1 / 255, k=300)
@@ -154,15 +155,16 @@ IMAGENET = new(
 def three_sizes(quick, paper):
     """The three budgets of a data set."""
     tiny = dict(f_iters=3, other_iters=3, u_iters=2, s_iters=2, g_iters=2, updates=6, batch=4, bank=8,
-                k_train=2, k=3, h_def=3, h_adv=2, n=2, n_last=1, last=2, images=8, few=4, log_every=2,
-                save_every=2, width=0.05, g_width=0.03, u_width=0.25, s_width=0.25)
+                k_train=2, k=3, h_def=3, h_adv=2, n=2, n_last=1, n_few=1, last=2, images=8, few=4,
+                log_every=2, save_every=2, width=0.05, g_width=0.03, u_width=0.25, s_width=0.25)
     return {"smoke": new(quick, **tiny, f_width=min(quick.f_width, 1)), "quick": quick, "paper": paper}
 
 
 def longer(s):
     """The budget "paper" of sets that are not in the source: ten times the training, Alg. 3 at its size."""
     return new(s, width=1.0, updates=10 * s.updates, f_iters=3000, other_iters=3000, u_iters=6000,
-               s_iters=15_000, g_iters=15_000, h_def=128, h_adv=48, n=50, n_last=50, images=1000, few=125)
+               s_iters=15_000, g_iters=15_000, h_def=128, h_adv=48, n=50, n_last=50, n_few=50, images=1000,
+               few=125)
 
 
 SETTINGS = {"glyphs": three_sizes(GREY, longer(GREY)), "mnist": three_sizes(MNIST, longer(MNIST)),
@@ -172,7 +174,7 @@ SETTINGS = {"glyphs": three_sizes(GREY, longer(GREY)), "mnist": three_sizes(MNIS
             "imagenet": three_sizes(new(IMAGENET, updates=3000, images=64, n=10, bank=960), IMAGENET)}
 ENERGY_SETTINGS = ("energy_classes net width updates lr batch bank k_train p rejuvenate tau_train "
                    "temperature data_noise g_width").split()
-NOT_OF_THE_ATTACK = "k last few n_last power sigma other masks log_every save_every graph".split()
+NOT_OF_THE_ATTACK = "k last few n_last n_few power sigma other masks log_every save_every graph".split()
 
 # --- Langevin sampling --------------------------------------------------------------------------------------
 
@@ -365,7 +367,7 @@ def train_score(lab):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * annealed(it, s.s_iters)
+            group["lr"] = 1e-3 * (1 - (it - 1) / s.s_iters)
         optimizer.step()
         row["loss"] = loss.item()
     return Score(net.requires_grad_(False), s.sigma)
@@ -575,6 +577,7 @@ class Lab:
         self.args, self.s, s, name = args, args.settings, args.settings, args.dataset
         side = 224 if name == "imagenet" else None
 
+        @functools.lru_cache
         def part(classes, split):
             if classes:
                 return load_classes(f"{name}:{classes}", split, args.data_dir).to(args.device)
@@ -723,7 +726,7 @@ def table_4_2(lab):
     rows, adversary, pictures = attacked(task)
     found = {"clean": (task.x, 0), "clean, purified": (task.x, s.k),
              "attacked, no defence": (task.transferred, 0), "attacked, purified": (adversary, s.k)}
-    found = {title: task.defence(K).predict(x, s.h_def) for title, (x, K) in found.items()}
+    found = {title: task.defence(K).predict(x, s.h_adv) for title, (x, K) in found.items()}
     rows["images of clean Dice below .1, left out"] = task.apart
     rows |= {f"mean Dice, {title}": dice(mask, task.y).mean().item() for title, mask in found.items()}
     pictures |= {f"found: {title}": common.class_colours(mask[:16]) for title, mask in found.items()}
@@ -803,15 +806,15 @@ def grid(lab, name, cells, natural=False, **axes):
 
 
 def figure_3_3(lab):
-    """Natural and robust accuracy against K, the attack being that of --n-last steps."""
+    """Natural and robust accuracy against K, under `lighter` attacks."""
     ks = sorted({max(round(m * lab.s.k), 1) for m in (1 / 10, 1 / 3, 1, 2, 5)})
     line = {K: (lab.task.defence(K), lighter(lab.s)) for K in ks}
     return grid(lab.task, "figure3.3", {"K": {"mid-run": line}}, natural=True, xscale="log")
 
 
 def lighter(s):
-    """The attack of the figures: N is --n-last, and half as many chains."""
-    return dict(n=s.n_last, h_adv=max(s.h_adv // 2, 1))
+    """The attack of the figures: N is --n-few, and half as many chains."""
+    return dict(n=s.n_few, h_adv=max(s.h_adv // 2, 1))
 
 
 def figure_3_4(lab):

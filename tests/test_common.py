@@ -1,4 +1,5 @@
 """common.py: data, networks, checkpoints, command line."""
+import csv
 import hashlib
 import importlib
 import json
@@ -6,11 +7,13 @@ import os
 import subprocess
 import sys
 import types
+from types import SimpleNamespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import common
@@ -261,6 +264,49 @@ def test_pets_with_trimaps(tmp_path):
     assert image.shape == (3, 32, 32) and mask.shape == (32, 32) and set(mask.unique().tolist()) == {1, 2}
 
 
+def test_pictures_in_memory_with_masks_and_with_labels(tmp_path, pictures):
+    test_pets_with_trimaps(tmp_path)
+    pets = common.load_masks("pets", "", "train", tmp_path, 3, 16)
+    assert pets.x.shape == (1, 3, 16, 16) and pets.x.dtype == pets.y.dtype == torch.uint8
+    assert pets.y[0, :, :6].min() == 1 and pets.y[0, :, 12:].max() == 0         # the left half is the pet
+    data = common.in_memory(load_images("celebahq", "train", pictures, side=16), workers=0)
+    folder = [p.parent.name for p in load_images("celebahq", "train", pictures).source]
+    assert data.y.tolist() == [sorted(set(folder)).index(name) for name in folder] and set(data.y.tolist()) == {0, 1}
+
+
+def test_classes_of_a_set():
+    whole, part = load_images("letters"), common.load_classes("letters:3-5")
+    kept = (whole.y >= 3) & (whole.y <= 5)
+    assert torch.equal(part.x, whole.x[kept]) and torch.equal(part.y, whole.y[kept] - 3)
+    assert len(common.load_classes("letters")) == len(whole)
+    for name in ("letters:3", "letters:3-3", "letters:5-3", "letters:a-b", "letters:90-95", "letters:"):
+        with pytest.raises(UserError, match="NAME:a-b"):
+            common.load_classes(name)
+
+
+def test_clutter_only_brightens_and_masks_name_the_digit():
+    images = load_images("glyphs", "test")
+    made = common.load_masks("glyphs", "", "test")
+    assert (made.x >= images.x).all() and (made.x != images.x).flatten(1).any(1).float().mean() > 0.9
+    assert torch.equal(made.y > 0, images.take(slice(None))[:, 0] >= 0.5)
+    assert all(set(mask.unique().tolist()) == {0, y + 1} for mask, y in zip(made.y[:50], images.y.tolist()))
+    changed = (made.x != images.x)[:, 0]
+    assert 0.02 < changed.float().mean() < 0.25                                 # two windows of a tenth each
+    assert not torch.equal(common.load_masks("glyphs", "", "train").x[:50], made.x[:50])
+
+
+def test_digits_on_photos(write_npz):
+    data = write_npz("cifar10")
+    images, made = (load_images("glyphs", "test", side=32), common.load_masks("glyphs", "cifar10", "test", data, 3, 32))
+    assert made.x.shape == (2000, 3, 32, 32) and made.x.dtype == torch.uint8
+    photos = {tuple(x[:, 0, 0].tolist()) for x in load_images("cifar10", "test", data).x}
+    assert all(tuple(x[:, 0, 0].tolist()) in photos for x in made.x[:20])       # no ink in the corner
+    inked = (images.x[:20, 0] == 255)
+    spread = [x[:, m].float().std(1).mean() for x, m in zip(made.x[:20], inked) if m.sum() > 5]
+    assert spread and max(spread) < 30                                                     # noise at a quarter: 74 / 4
+    assert torch.equal(made.y > 0, images.x[:, 0] >= 128)
+
+
 def test_image_and_mask_are_cropped_alike():
     array = np.zeros((60, 80), np.uint8)
     array[20:40, 30:60] = 255
@@ -325,6 +371,13 @@ def test_crop_flip_against_a_loop():
     (lambda: common.PlainCNN(8, channels=3, side=32), None, (3, 32, 32)),
     (lambda: common.ResNet(18, 0.125, channels=1), None, (1, 28, 28)),
     (lambda: common.MnistCNN(channels=3, side=32), None, (3, 32, 32)),
+    (lambda: common.SNGANEnergy(), 4_204_800, None),
+    (lambda: common.SNGANEnergy(side=64), 19_542_720, None),
+    (lambda: common.SNGANEnergy(side=128), 38_419_136, None),
+    (lambda: common.SNGANEnergy(0.05, 1, 1, 28), None, (1, 28, 28)),
+    (lambda: common.SNGANEnergy(0.05, 2, 3, 128), None, (3, 128, 128)),
+    (lambda: common.BigGANEnergy(), 4_289_605, None),
+    (lambda: common.BigGANEnergy(4), None, (3, 224, 224)),
 ])
 def test_parameter_counts_and_shapes(net, parameters, shape):
     net = net().eval()
@@ -333,6 +386,76 @@ def test_parameter_counts_and_shapes(net, parameters, shape):
         with torch.no_grad():
             assert net(torch.rand(2, *shape)).shape == (
                 2, getattr(getattr(net, "head", None), "out_features", 1))
+
+
+@pytest.mark.parametrize("side, parameters", [(28, None), (32, 4_276_739), (64, 12_220_675), (128, 32_150_787)])
+def test_generators_have_the_published_size_and_make_images(side, parameters):
+    if parameters:
+        assert sum(p.numel() for p in common.SNGANGenerator(side=side).parameters()) == parameters
+    x = common.SNGANGenerator(0.03, 1, side)(torch.randn(2, 128))
+    assert x.shape == (2, 1, side, side) and 0 <= x.min() and x.max() <= 1
+
+
+def test_the_stem_pools_before_its_shortcut_and_later_blocks_after():
+    """Pooling and a 1x1 convolution commute, so only the order of the layers can tell."""
+    net = common.SNGANEnergy(0.05)
+    kinds = [[type(m).__name__ for m in block.shortcut] for block in net.body[:-1]]
+    assert kinds == [["AvgPool2d", "Conv2d"], ["Conv2d", "AvgPool2d"], [], []]
+    assert [type(block.main[0]).__name__ for block in net.body[:-1]] == ["Conv2d", "ReLU", "ReLU", "ReLU"]
+
+
+def test_spectral_norm_is_the_largest_singular_value():
+    torch.manual_seed(0)
+    net = common.SNGANEnergy(0.03, 1, 1, 28)
+    before = {k: v.detach().flatten(1) for k, v in net.named_parameters() if v.ndim > 1}
+    common.spectral(net).train()
+    for _ in range(200):                                                        # one power iteration each
+        net(torch.rand(1, 1, 28, 28))
+    checked = 0
+    for name, module in net.named_modules():
+        if name + ".weight" in before:
+            weight = before[name + ".weight"]
+            expected = weight / torch.linalg.svdvals(weight)[0]
+            assert torch.allclose(module.weight.flatten(1), expected, atol=1e-3), name
+            checked += 1
+    assert checked == len(before) == 11                                         # 8 of 3x3, 2 of 1x1, the head
+
+
+def test_unet_keeps_the_size_and_sees_far():
+    net, x = common.UNet(4, 3, 1).eval(), torch.rand(1, 1, 28, 28, requires_grad=True)
+    out = net(x)
+    assert out.shape == (1, 3, 28, 28)
+    gradient, = torch.autograd.grad(out[0, 0, 14, 14], x)
+    rows = gradient[0, 0].abs().sum(1).nonzero()[:, 0]
+    assert rows.min() <= 2 and rows.max() >= 25
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in common.UNet(4, 1, 1, norm=False).modules())
+    assert common.make_net("score", 7, (3, 32, 32), 0.25)(torch.rand(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+
+def test_smoothed_replaces_every_relu_of_an_energy():
+    V, x = common.SNGANEnergy(0.05, 1, 1, 28), torch.rand(2, 1, 28, 28)
+    assert torch.allclose(common.smoothed(V, 1e5)(x), V(x), atol=1e-5)
+    assert (common.smoothed(V, 1.0)(x) - V(x)).abs().min() > 1e-5
+    kinds = [type(m).__name__ for m in common.smoothed(V, 5).modules()]
+    assert "ReLU" not in kinds and kinds.count("SmoothLeakyReLU") == 8
+    assert sum(isinstance(m, torch.nn.ReLU) for m in V.modules()) == 8          # the original keeps its own
+
+
+def test_pretrained_network_keeps_or_replaces_its_head(monkeypatch):
+    made = []
+
+    def get_model(name, weights):
+        made.append((name, weights))
+        return torchvision.models.resnet18(weights=None)
+    monkeypatch.setattr(common.torchvision.models, "get_model", get_model)
+    kept, new = (common.make_net("pretrained50", n, (3, 64, 64)).eval() for n in (1000, 7))
+    x = torch.rand(2, 3, 64, 64)
+    assert kept(x).shape == (2, 1000) and new(x).shape == (2, 7) and kept.features(x).shape == (2, 512)
+    assert made[0] == ("resnet50", "DEFAULT")
+    monkeypatch.setattr(common.torchvision.models, "get_model",
+                        lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match="no network"):
+        common.make_net("efficientnet_b7", 1000, (3, 64, 64))
 
 
 def test_light_ebm_sees_every_pixel_at_28():
@@ -458,6 +581,53 @@ def test_classifier_by_sgd_drops_its_rate_and_trains_on_what_the_adversary_retur
     assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
     with pytest.raises(UserError, match="at False"):
         train("plain", lambda f, x, y: x)
+
+
+def counting(folder, parts, total=6, stop=None, rows=None):
+    """A training that counts and draws: parts n and a module."""
+    run = SimpleNamespace(folder=folder)
+    for it, row in common.updates(run, "count", total, {"seed": 0}, parts, ("a",), 4, 2):
+        parts["n"] += it
+        parts["net"].weight.data += torch.rand(1)
+        if it == stop:
+            raise KeyboardInterrupt
+        row["a"] = float(it)
+
+
+def test_updates_resume_log_means_and_stop_at_nonsense(tmp_path):
+    def parts():
+        return {"n": torch.zeros(1), "net": torch.nn.Linear(1, 1)}
+    finished = []
+    for name, stop in (("whole", None), ("broken", 4)):
+        torch.manual_seed(0)
+        (tmp_path / name).mkdir()
+        made = parts()
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                counting(tmp_path / name, made, stop=stop)
+            torch.manual_seed(50)
+            made = parts()
+        counting(tmp_path / name, made)
+        finished.append((made["n"].item(), made["net"].weight.item()))
+        with open(tmp_path / name / "log-count.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["it"], row["a"]) for row in rows] == [("4", "2.5"), ("6", "5.5")]  # means since the last
+    assert finished[0] == finished[1] and finished[0][0] == 21
+    again = parts()
+    counting(tmp_path / "whole", again)                                         # done: only restored
+    assert again["n"].item() == 21
+    made = parts()
+    with pytest.raises(common.Diverged, match="update 1"):
+        for it, row in common.updates(SimpleNamespace(folder=tmp_path), "nan", 5, {}, made, ("a",), 4, 2):
+            row["a"] = float("nan")
+    assert not (tmp_path / "nan.pt").exists()
+
+
+def test_class_colours():
+    mask = torch.tensor([[[0, 1], [2, 11]]])
+    x = common.class_colours(mask)
+    assert x.shape == (1, 3, 2, 2) and x[0, :, 0, 0].sum() == 0 and torch.equal(x[0, :, 0, 1], x[0, :, 1, 1])
+    assert not torch.equal(x[0, :, 0, 1], x[0, :, 1, 0])
 
 
 def test_throughput_leaves_the_generator_alone():
