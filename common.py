@@ -37,6 +37,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as T
 from torchvision.utils import make_grid
@@ -466,6 +467,8 @@ def load_masks(name, around, split="train", data_dir="data", channels=1, side=28
     if name == "pets":
         return in_memory(load_images(name, split, data_dir, side=side))
     images, seed = load_images(name, split, data_dir, 1, side), 5 if split == "train" else 6
+    if isinstance(images, Pictures) or channels == 3 and around not in IN_MEMORY:
+        raise UserError(f"masks of {name} on {around}: both must be sets in memory; or take pets")
     if channels == 3:
         return on_photos(images, load_images(around, split, data_dir, 3, side), seed)
     return with_clutter(images, load_images("letters", split, data_dir, 1, side), seed)
@@ -518,7 +521,8 @@ def draw_batches(images, size, seed, start, augment, device, workers):
             yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), i
     keys = ([(int(i), augment, seed + 31 * t + 7 * j)
              for j, i in enumerate(batch_index(len(images), size, seed, t))] for t in itertools.count(start))
-    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers)
+    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers,
+                                         generator=torch.Generator())  # else it draws from everybody's
     try:
         for t, x in zip(itertools.count(start), loader):
             yield x.to(device).float() / 255, batch_index(len(images), size, seed, t)
@@ -872,10 +876,17 @@ class Pretrained(nn.Module):
         for key, value in (("mean", (.485, .456, .406)), ("std", (.229, .224, .225))):
             self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
 
-    def features(self, x):
+    def resized(self, x):
+        """The network on images at its own resolution."""
         size = (self.side, self.side)
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
         return self.net((x - self.mean) / self.std)
+
+    def features(self, x):
+        if self.training:
+            return self.resized(x)
+        # eight at a time, activations recomputed: gradients of many images in little memory
+        return torch.cat([checkpoint(self.resized, part, use_reentrant=False) for part in x.split(8)])
 
     def forward(self, x):
         return self.head(self.features(x))

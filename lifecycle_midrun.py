@@ -16,10 +16,10 @@ labels, and so one energy defends any classifier of such images, and other tasks
     Alg. 4    K steps on a batch of the bank, an update, and back with it; each state is then replaced with
               probability p = K / K_def, so that chains live for K_def steps on average. Its age, in visits,
               has the geometric law p (1 - p)^k. p = 0: persistent chains; p = 1: no bank at all
-    anneal    Adam's rate times 1, .1, .01, .001, .0001, from 1/3, 1/2, 2/3, 5/6 of the updates on
+    anneal    Adam's rate times 1, then .1, .01, .001, .0001 after 1/3, 1/2, 2/3, 5/6 of the updates
     (3.1)     F(x) = E[f(T(x))], T(x): K_def steps from x.  (3.2) F_H: mean of the logits of H chains
     (3.3)     BPDA+EOT: gradient of the loss of F_H at the purified images, averaged, used at the image
-    Alg. 3    N evaluations with H_adv chains; what looks broken is judged again by H_def fresh chains
+    Alg. 3    N + 1 evaluations with H_adv chains; what looks broken is judged again by H_def fresh chains
     3.2.4     x <- x + eta^2/2 S(x) + eta z with a score S = grad log q_sigma learned by denoising, at one
               sigma: no chain of it was ever run in training, so nothing keeps its chains in place
     (4.2)     Dice = 2 TP / (2 TP + FP + FN + 1e-9) of predicted and true mask (printed with FP x FN)
@@ -35,11 +35,16 @@ The energy's log. d: energy of the data minus that of the chains. grad: mean |gr
 drift: length of the gradient's part of a step over that of the noise. age: mean Langevin steps of the bank.
 
 Differs from the source:
-  - Glyphs take their fresh states from the data (the source's variant) unless --rejuvenate says otherwise;
-    ImageNet too: BigGAN's weights are not torchvision's. Bank and data are visited in shuffled passes.
+  - Only CIFAR-10 takes fresh states from a generator (trained here) unless --rejuvenate says so; the others
+    take them from the data, the source's variant; for ImageNet there is no generator at 224 pixels here.
+  - A defence may use fewer steps than K / p, the mean life in training: glyphs 75 of 400, ImageNet (as
+    published) 200 of 2,000. The text has K_def = 1500 and 2000 for CIFAR-10; we follow the code, 2000.
+  - Bank and data are visited in shuffled passes; ImageNet as centre crops (source: random crops). Classifiers
+    are trained as in stochastic_security.py. Tiny ImageNet is attacked at 4/255 (ImageNet: 2/255).
   - Alg. 4 replaces states after the update (the published code before it): the same law one visit later.
-  - The long-run energy is Alg. 4 with p / 20 (the published code: a second energy on a frozen one, a Gaussian
-    prior, a burn-in bank); the short-run one has p = 1/2 and a generator learned in tandem, no cap on visits.
+  - The long-run energy is Alg. 4 with p / 20 and twice the updates (the published code: a second energy on a
+    frozen one, a Gaussian prior, a burn-in bank); the short-run one has p = 1/2 and a generator learned in
+    tandem, but no cap on the visits of a state.
   - Natural images are judged first and naturally wrong ones count as broken (as the code; Alg. 3 does not),
     and broken images leave the batch. Logits are averaged; the published code for ImageNet averages softmax
     outputs and takes their cross-entropy as if they were logits, which weakens its attack.
@@ -59,7 +64,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import Diverged, Experiment, Run, UserError
+from common import Diverged, Experiment, Images, Run, UserError
 from common import batch_index, batches, fast_precision, load_classes, load_images, rate
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ class Settings:
 
 
 new, PAPER = dataclasses.replace, Settings()
-GREY = new(  # 28 pixels, not in the source; f, eps, tau, T and attack are those of stochastic_security.py
+GREY = new(  # 28 pixels, not in the source; f, eps, tau, T, BPDA+EOT are those of stochastic_security.py
     PAPER, f_net="small_cnn", f_width=1.0, f_iters=300, f_sgd=0.0, augment="none", net="light_ebm", width=0.5,
     updates=800, lr=4e-4, batch=64, bank=1024, k_train=20, rejuvenate="data", tau_train=0.015, tau=0.015,
     temperature=1e-4, data_noise=0.03, tau_short=0.006, g_width=0.125, g_iters=1500, k=75, h_def=24, h_adv=6,
@@ -143,7 +148,7 @@ MNIST = new(GREY, f_iters=600, updates=1600, k=100, eps=0.2, step=0.05, masks="m
 QUICK = dict(f_iters=6000, width=0.5, updates=6000, batch=100, bank=5000, k_train=50, g_width=0.5,
              g_iters=4000, k=500, h_def=50, h_adv=8, n=20, last=5, n_last=10, n_few=10, u_iters=2000,
              s_iters=5000, s_width=2.0, images=200, few=100, other_iters=6000, log_every=200, save_every=500)
-CIFAR = new(PAPER, f_net="wrn16", f_width=4.0, other="cifar100:0-9", **QUICK)
+CIFAR = new(PAPER, f_net="wrn16", f_width=4.0, other="cifar100:0-9", masks="glyphs", **QUICK)
 TINY = new(CIFAR, classes="0-9", energy_classes="0-99", other="tinyimagenet:100-109", f_iters=2000,
            other_iters=2000, width=0.25, rejuvenate="data", tau_train=0.005, eps=4 / 255, step=1 / 255, k=300)
 IMAGENET = new(
@@ -154,9 +159,9 @@ IMAGENET = new(
 
 def three_sizes(quick, paper):
     """The three budgets of a data set."""
-    tiny = dict(f_iters=3, other_iters=3, u_iters=2, s_iters=2, g_iters=2, updates=6, batch=4, bank=8,
-                k_train=2, k=3, h_def=3, h_adv=2, n=2, n_last=1, n_few=1, last=2, images=8, few=4,
-                log_every=2, save_every=2, width=0.05, g_width=0.03, u_width=0.25, s_width=0.25)
+    tiny = dict(f_iters=min(quick.f_iters, 3), other_iters=3, u_iters=2, s_iters=2, g_iters=2, updates=6,
+                batch=4, bank=8, k_train=2, k=3, h_def=3, h_adv=2, n=2, n_last=1, n_few=1, last=2, images=8,
+                few=4, log_every=2, save_every=2, width=0.05, g_width=0.03, u_width=0.25, s_width=0.25)
     return {"smoke": new(quick, **tiny, f_width=min(quick.f_width, 1)), "quick": quick, "paper": paper}
 
 
@@ -170,8 +175,9 @@ def longer(s):
 SETTINGS = {"glyphs": three_sizes(GREY, longer(GREY)), "mnist": three_sizes(MNIST, longer(MNIST)),
             "cifar10": three_sizes(CIFAR, PAPER),
             "tinyimagenet": three_sizes(TINY, new(TINY, **{k: getattr(PAPER, k) for k in (
-                "width", "updates", "bank", "batch", "k_train", "k", "h_def", "h_adv", "n", "images")})),
-            "imagenet": three_sizes(new(IMAGENET, updates=3000, images=64, n=10, bank=960), IMAGENET)}
+                "width updates bank batch k_train k h_def h_adv n n_last last u_iters s_iters".split())})),
+            "imagenet": three_sizes(new(IMAGENET, updates=3000, bank=960, other_iters=500, u_iters=500, n=10,
+                                        s_iters=500, n_last=5, n_few=5, images=64, few=16), IMAGENET)}
 ENERGY_SETTINGS = ("energy_classes net width updates lr batch bank k_train p rejuvenate tau_train "
                    "temperature data_noise g_width").split()
 NOT_OF_THE_ATTACK = "k last few n_last n_few power sigma other masks log_every save_every graph".split()
@@ -248,7 +254,7 @@ class Score:
 
 
 def annealed(it, updates):
-    """Factor of Adam's rate in update it = 1 ... updates: a tenth less from 1/3, 1/2, 2/3, 5/6 of them on."""
+    """Factor of Adam's rate in update it = 1 ... updates: a tenth each after 1/3, 1/2, 2/3, 5/6 of them."""
     return 0.1 ** sum(it > updates * part for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6))
 
 
@@ -331,7 +337,8 @@ def train_generator(lab):
     G = common.make_net("sngan_generator", 1, shape, s.g_width).to(run.device)
     D = common.spectral(common.make_net("sngan", 1, shape, s.g_width)).to(run.device)
     of_g, of_d = (torch.optim.Adam(net.parameters(), 2e-4, (0.0, 0.9)) for net in (G, D))
-    made_with, xs = {k: getattr(s, k) for k in ("g_width", "g_iters", "batch")} | lab.made_with, None
+    made_with = {k: getattr(s, k) for k in ("energy_classes", "g_width", "g_iters", "batch")} | lab.made_with
+    xs = None
     for it, row in common.updates(run, "generator", s.g_iters, made_with, {
             "G": G, "D": D, "of_g": of_g, "of_d": of_d}, ("real", "fake"), s.log_every, s.save_every):
         xs = xs or batches(lab.data, s.batch, run.args.seed, 2 * it - 2, device=run.device)
@@ -357,7 +364,8 @@ def train_score(lab):
     run, s, xs = lab.run, lab.s, None
     net = common.make_net("score", 1, lab.data.shape, s.s_width).to(run.device)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    made_with = {k: getattr(s, k) for k in ("s_width", "s_iters", "sigma", "batch")} | lab.made_with
+    made_with = {k: getattr(s, k) for k in ("energy_classes", "s_width", "s_iters", "sigma", "batch")}
+    made_with |= lab.made_with
     for it, row in common.updates(run, "score", s.s_iters, made_with, {"net": net, "optimizer": optimizer},
                                   ("loss",), s.log_every, s.save_every):
         xs = xs or batches(lab.data, s.batch, run.args.seed, it - 1, device=run.device)
@@ -538,9 +546,10 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 class Task:
     """What is attacked: a network f, images x float32 [n, C, S, S], labels y [n] or masks [n, S, S]."""
 
-    def __init__(self, lab, name, f, x, y):
+    def __init__(self, lab, name, f, x, y, data):
         self.lab, self.name, self.f, self.x, self.y = lab, name, f, x, y
-        self.s, self.run, self.args, self.made_with = lab.s, lab.run, lab.args, lab.made_with
+        self.s, self.run, self.args = lab.s, lab.run, lab.args
+        self.made_with = lab.made_with | {"task": data.name}
         if y.ndim == 3:
             clean = dice(Defence(f).predict(x, 1), y)
             kept = clean >= 0.1
@@ -580,7 +589,7 @@ class Lab:
         @functools.lru_cache
         def part(classes, split):
             if classes:
-                return load_classes(f"{name}:{classes}", split, args.data_dir).to(args.device)
+                return load_classes(f"{name}:{classes}", split, args.data_dir, side=side).to(args.device)
             return load_images(name, split, args.data_dir, side=side).to(args.device)
         self.data, self.own, self.test = (part(s.energy_classes, "train"), part(s.classes, "train"),
                                           part(s.classes, "test"))
@@ -589,13 +598,22 @@ class Lab:
             raise UserError(f"--images, --batch: {name} has {len(self.test)} images for test, "
                             f"{len(self.data)} for training")
         common.make_net(s.net, 1, self.shape, s.width)  # what can be wrong is said before any work
+        common.make_net(s.f_net, 1000, self.shape, s.f_width)
+        if s.rejuvenate == "generator" or {"figure3.1", "generator"} & set(args.only):
+            common.make_net("sngan_generator", 1, self.shape, s.g_width)
+        if not isinstance(self.own, Images) and args.budget != "smoke" and (
+                s.f_iters or int(common.folder_labels(self.test).max()) != 999):
+            raise UserError(f"{name}: f is a pretrained network of 1000 classes: --f-iters 0, and test "
+                            "images in 1000 folders, one a class")
         self.made_with = {"seed": args.seed, "budget": args.budget, "data": [len(self.data), *self.shape]}
-        if "table4.1" in args.only:
-            self.others = [load_classes(s.other, split, args.data_dir, c, side).to(args.device)
-                           for split in ("train", "test")]
-        if "table4.2" in args.only:
-            self.masks = [common.load_masks(s.masks, name, split, args.data_dir, c, side).to(args.device)
-                          for split in ("train", "test")]
+        self.others, self.masks = ([load(split).to(args.device) for split in ("train", "test")]
+                                   if table in args.only else [] for table, load in (
+            ("table4.1", lambda split: load_classes(s.other, split, args.data_dir, c, side)),
+            ("table4.2", lambda split: common.load_masks(s.masks, name, split, args.data_dir, c, side))))
+        for data in (*self.others, *self.masks):
+            if data.shape != self.shape:
+                raise UserError(f"--other, --masks: images of {data.name} are {data.shape}, the energy's "
+                                f"{self.shape}")
         self.run = Run("lifecycle_midrun", args)
 
     def images(self, index):
@@ -626,21 +644,23 @@ class Lab:
 
     @functools.cached_property
     def start(self):
-        """Images that chains start from: 3 --images of the test set."""
-        return self.test.take(slice(0, min(3 * self.s.images, len(self.test)))).to(self.run.device)
+        """Images that chains start from: three times --images of the test set."""
+        chosen = common.shuffled(len(self.test), 123)[:3 * self.s.images].to(self.args.device)
+        return self.test.take(chosen).to(self.args.device)
 
     @functools.cached_property
     def reference(self):
-        """Mean and covariance of the features of training images."""
-        return common.feature_statistics(self.features[1], self.images(slice(0, min(1000, len(self.data)))))
+        """Mean and covariance of the features of 5,000 training images (or of all)."""
+        chosen = common.shuffled(len(self.data), 321)[:5000].to(self.args.device)
+        return common.feature_statistics(self.features[1], self.images(chosen))
 
     @common.own_randomness
     def solver(self, name, data, outputs, net, width, iters):
         """A classifier, or a U-Net, trained on Images."""
-        colour = net == "unet" or data.shape[0] == 1
-        return common.train_classifier(self.run, data, outputs, net, width, iters, name,
-                                       0.0 if net == "unet" else self.s.f_sgd, 100,
-                                       "none" if colour else self.s.augment, made_with={"at_eps": 0.0})
+        sgd = self.s.f_sgd if net == self.s.f_net else 0.0                      # else Adam
+        augment = self.s.augment if net == self.s.f_net else "none"
+        return common.train_classifier(self.run, data, outputs, net, width, iters, name, sgd, 100, augment,
+                                       made_with={"task": data.name})
 
     def chosen(self, test):
         """Indices of the test images that experiments use: a fixed random choice."""
@@ -649,11 +669,11 @@ class Lab:
     @functools.cached_property
     def task(self):
         """Classification of the data set itself (tables 3.1 to 3.3)."""
-        s, i, x = self.s, self.chosen(self.test), isinstance(self.own, common.Images)
+        s, i, x = self.s, self.chosen(self.test), isinstance(self.own, Images)
         y = self.test.y if x else common.folder_labels(self.test).to(self.args.device)
         classes = int(self.own.y.max()) + 1 if x else 1000
         f = self.solver("f", self.own, classes, s.f_net, s.f_width, s.f_iters)
-        return Task(self, "own", f, self.test.take(i).to(self.args.device), y[i])
+        return Task(self, "own", f, self.test.take(i).to(self.args.device), y[i], self.own)
 
     @functools.cached_property
     def other_task(self):
@@ -662,7 +682,7 @@ class Lab:
         net, classes = s.other_net or s.f_net, int(data.y.max()) + 1
         f = self.solver("f-other", data, classes, net, s.f_width, s.other_iters)
         i = self.chosen(test)
-        return Task(self, "other", f, test.take(i), test.y[i])
+        return Task(self, "other", f, test.take(i), test.y[i], data)
 
     @functools.cached_property
     def mask_task(self):
@@ -670,7 +690,7 @@ class Lab:
         (data, test), s = self.masks, self.s
         f = self.solver("unet", data, int(data.y.max()) + 1, "unet", s.u_width, s.u_iters)
         i = self.chosen(test)
-        return Task(self, "masks", f, test.take(i), test.y[i].long())
+        return Task(self, "masks", f, test.take(i), test.y[i].long(), data)
 
 
 # --- experiments --------------------------------------------------------------------------------------------
@@ -703,16 +723,22 @@ def table_3_1(lab, task=None, name="table3.1"):
     return rows
 
 
+def table_3_2(lab):
+    """Table 3.1 of --dataset imagenet, or of tinyimagenet."""
+    return table_3_1(lab, name="table3.2")
+
+
 def table_3_3(lab):
-    """The attack of table 3.1 with `power` times the steps and a third more chains, on the same images."""
+    """The attack of table 3.1 with `power` times the steps and a third more chains, on the same images; what
+    the plain attack broke stays broken."""
     s, task = lab.s, lab.task
     plain = algorithm_1(task, "own-bpda", task.defence())[0]
     n, h_adv = s.power * s.n, round(4 / 3 * s.h_adv)
     strong = algorithm_1(task, "own-power", task.defence(), n=n, h_adv=h_adv)[0]
     rows = {"n": len(task.x)} | rate("natural acc", plain[0] & strong[0])
     rows |= rate(f"robust acc (BPDA+EOT {s.n} steps x {s.h_adv})", plain[-1])
-    rows |= rate(f"robust acc (BPDA+EOT {n} steps x {h_adv})", strong[-1])
-    return rows | rate("robust acc (worst of these)", plain[-1] & strong[-1])
+    rows |= rate(f"robust acc ({n} steps x {h_adv} alone)", strong[-1])
+    return rows | rate(f"robust acc (BPDA+EOT {n} steps x {h_adv})", plain[-1] & strong[-1])
 
 
 def table_4_1(lab):
@@ -738,21 +764,23 @@ def table_4_2(lab):
 
 def lives(lab, name, energies, apart=False):
     """Chains of {title: (V, start [n, C, S, S], ks, tau)}: Frechet distance to training images after each of
-    ks steps, as rows and curves (apart: a panel each), and eight states of each as a picture."""
+    ks steps, as rows and curves (apart: a panel each), and four chains of each as a picture."""
     metric, network = lab.features
     lines, pictures = {}, {}
     for title, (V, x, ks, tau) in energies.items():
-        sampler, done, states, lines[title] = Sampler(V, tau, lab.s.temperature), 0, [], {}
+        sampler, done, states = Sampler(V, tau, lab.s.temperature, graph=lab.s.graph), 0, []
+        lines[title] = {}
         for k in ks:
             x = torch.cat([sampler(part, k - done)[0] for part in x.split(lab.s.chunk)])
             done, shown = k, x.clamp(0, 1)
             lines[title][k] = frechet_distance(*lab.reference, *common.feature_statistics(network, shown))
-            states.append(shown[:8].cpu())
-        pictures[f"{title}: eight chains after {', '.join(map(str, ks))} steps"] = torch.cat(states)
+            states.append(shown[:4].cpu())
+        steps = ", ".join(map(str, ks))
+        pictures[f"{title}: four chains after {steps} steps"] = torch.stack(states, 1).flatten(0, 1)
     panels = {f"steps, {k}": {k: line} for k, line in lines.items()} if apart else {"steps": lines}
     ylabel = f"{metric} (n = {len(x)})"
     lab.run.save(common.curves(panels, ylabel, xscale="symlog", yscale="log"), name)
-    lab.run.save(common.picture_rows(pictures, 8 * len(ks)), f"{name}-states")
+    lab.run.save(common.picture_rows(pictures, 2 * len(ks)), f"{name}-states")
     return {"n": len(x)} | {f"{metric} after {k} steps, {title}": value for title, line in lines.items()
                             for k, value in line.items()}
 
@@ -760,7 +788,7 @@ def lives(lab, name, energies, apart=False):
 def figure_3_1(lab):
     """The life cycle: chains of a short-run, the mid-run and a long-run energy."""
     s, start, life = lab.s, lab.start, round(lab.s.k_train / max(lab.s.p, 1e-3))
-    short, _, G = train_midrun(lab, "energy-short", tandem=True, p=0.5, tau_train=s.tau_short)
+    short, _, G = train_midrun(lab, "energy-short", False, True, p=0.5, tau_train=s.tau_short)
     long = train_midrun(lab, "energy-long", p=s.p / 20, updates=2 * s.updates)[0]
     with torch.no_grad():
         young = torch.cat([G(z) for z in torch.randn(len(start), 128, device=lab.run.device).split(250)])
@@ -782,7 +810,7 @@ def figure_3_2(lab):
     seen = [visits.count(k) / s.bank for k in range(passes + 1)]
     lines = {title: {k * s.k_train: sum(share[k:k + width]) for k in range(0, passes + 1, width)}
              for title, share in (("bank", seen), ("law", law))}
-    axis = f"age, Langevin steps (classes of {width * s.k_train})"
+    axis = f"age, steps (classes of {width * s.k_train}; the last: never replaced)"
     lab.run.save(common.curves({axis: lines}, "share of states"), "figure3.2")
     return {"n": s.bank, "passes over the bank": passes, "mean age, steps": s.k_train * sum(visits) / s.bank,
             "mean age of the law, steps": s.k_train * sum(k * share for k, share in enumerate(law))}
@@ -813,24 +841,27 @@ def figure_3_3(lab):
 
 
 def lighter(s):
-    """The attack of the figures: N is --n-few, and half as many chains."""
-    return dict(n=s.n_few, h_adv=max(s.h_adv // 2, 1))
+    """The attack of the figures: N is --n-few, and half as many chains for gradients and verdicts."""
+    return dict(n=s.n_few, h_adv=max(s.h_adv // 2, 1), h_def=max(s.h_def // 2, 1))
 
 
 def figure_3_4(lab):
     """The score network's chain as T(x): natural and robust accuracy against its steps, and its states."""
     s, task, rows, pictures = lab.s, lab.task, {}, {}
     times = [m * s.k * s.tau ** 2 for m in (1 / 30, 1 / 10, 1 / 3, 1)]          # tau^2 K: the noise put in
-    cells = {f"{title}: steps": {title: {K: (task.defence(K, chain), lighter(s)) for K in sorted({
+    cells = {f"steps, {title}": {title: {K: (task.defence(K, chain), lighter(s)) for K in sorted({
         max(round(t / size ** 2), 1) for t in times})}} for title, chain, size in (
             ("score", lab.score, lab.score.eta), ("mid-run energy", None, s.tau))}
     for axis, lines in cells.items():
         for title, line in lines.items():
-            states = [defence.purify(task.x[:8], 1, K)[0].clamp(0, 1) for K, (defence, _) in line.items()]
-            pictures[f"{title}: after {', '.join(map(str, line))} steps"] = torch.cat([task.x[:8], *states])
-            rows |= {f"mean |x - natural| after {K} steps, {title}": (x - task.x[:8]).abs().mean().item()
-                     for K, x in zip(line, states)}
-    lab.run.save(common.picture_rows(pictures, 8 * (len(times) + 1)), "figure3.4-states")
+            states = [task.x[:4]] + [defence.purify(task.x[:4], 1, K)[0] for K, (defence, _) in line.items()]
+            steps = ", ".join(map(str, [0, *line]))
+            shown = torch.stack(states, 1).flatten(0, 1).clamp(0, 1)
+            pictures[f"{title}: four images after {steps} steps"] = shown
+            for K, x in zip(line, states[1:]):
+                rows[f"mean |x - natural| after {K} steps, {title}"] = (x - task.x[:4]).abs().mean().item()
+                rows[f"largest pixel after {K} steps, {title}"] = x.max().item()
+    lab.run.save(common.picture_rows(pictures, 2 * (len(times) + 1)), "figure3.4-states")
     return grid(task, "figure3.4", cells, natural=True, xscale="log") | rows
 
 
@@ -850,7 +881,7 @@ def rejuvenation(lab):
     """Energies of several p: how long their chains live."""
     p = lab.s.p
     found = {q: lab.energy if q == p else train_midrun(lab, f"energy-p{q:g}", p=q)
-             for q in (1, 5 * p, p, p / 5, 0)}
+             for q in dict.fromkeys((1, min(5 * p, 1), p, p / 5, 0))}
     return variants(lab, "rejuvenation", {f"p = {q:g}": V for q, (V, *_) in found.items()})
 
 
@@ -876,7 +907,7 @@ PUBLISHED_4_2 = {"imagenet": {"n": 800, "robust acc, no defence (PGD 50)": .43,
 EXPERIMENTS = {  # the figures of the source print no numbers
     "table3.1": Experiment(table_3_1, "natural and robust accuracy of the defence", "", True, PUBLISHED_3_1),
     "table4.2": Experiment(table_4_2, "the same energy before a U-Net", "", True, PUBLISHED_4_2),
-    "table3.2": Experiment(table_3_1, "table3.1 of --dataset imagenet (offline: tinyimagenet)", "", False,
+    "table3.2": Experiment(table_3_2, "table3.1 of --dataset imagenet (offline: tinyimagenet)", "", False,
                            PUBLISHED_3_2),
     "table3.3": Experiment(table_3_3, "more attack steps and chains", "", False, PUBLISHED_3_3),
     "table4.1": Experiment(table_4_1, "the same energy before a classifier of unseen classes", "", False,
