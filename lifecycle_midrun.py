@@ -788,7 +788,7 @@ def lives(lab, name, energies, apart=False):
 def figure_3_1(lab):
     """The life cycle: chains of a short-run, the mid-run and a long-run energy."""
     s, start, life = lab.s, lab.start, round(lab.s.k_train / max(lab.s.p, 1e-3))
-    short, _, G = train_midrun(lab, "energy-short", False, True, p=0.5, tau_train=s.tau_short)
+    short, _, G = train_midrun(lab, "energy-short", False, True, p=0.5, tau_train=s.tau_short, lr=1e-4)
     long = train_midrun(lab, "energy-long", p=s.p / 20, updates=2 * s.updates)[0]
     with torch.no_grad():
         young = torch.cat([G(z) for z in torch.randn(len(start), 128, device=lab.run.device).split(250)])
