@@ -762,9 +762,9 @@ def table_4_2(lab):
     return rows
 
 
-def lives(lab, name, energies, apart=False):
+def lives(lab, name, energies):
     """Chains of {title: (V, start [n, C, S, S], ks, tau)}: Frechet distance to training images after each of
-    ks steps, as rows and curves (apart: a panel each), and four chains of each as a picture."""
+    ks steps, as rows and curves, and four chains of each as a picture."""
     metric, network = lab.features
     lines, pictures = {}, {}
     for title, (V, x, ks, tau) in energies.items():
@@ -777,9 +777,9 @@ def lives(lab, name, energies, apart=False):
             states.append(shown[:4].cpu())
         steps = ", ".join(map(str, ks))
         pictures[f"{title}: four chains after {steps} steps"] = torch.stack(states, 1).flatten(0, 1)
-    panels = {f"steps, {k}": {k: line} for k, line in lines.items()} if apart else {"steps": lines}
-    ylabel = f"{metric} (n = {len(x)})"
-    lab.run.save(common.curves(panels, ylabel, xscale="symlog", yscale="log"), name)
+    label = f"{metric} (n = {len(x)})"
+    figure = common.curves({"Langevin steps": lines}, label, xscale="symlog", ylim=(0, None))
+    lab.run.save(figure, name)
     lab.run.save(common.picture_rows(pictures, 2 * len(ks)), f"{name}-states")
     return {"n": len(x)} | {f"{metric} after {k} steps, {title}": value for title, line in lines.items()
                             for k, value in line.items()}
@@ -797,7 +797,7 @@ def figure_3_1(lab):
     ks, few = ([round(m * unit) for m in (0, 1 / 16, 1 / 4, 1, 4, 10)] for unit in (life, 4 * s.k_train))
     rows = lives(lab, "figure3.1", {
         "short-run": (short, young, few, s.tau_short), "mid-run": (lab.energy[0], start, ks, s.tau_train),
-        "long-run": (long, start, ks, s.tau_train)}, apart=True)
+        "long-run": (long, start, ks, s.tau_train)})
     return {"mean life of a mid-run state": life} | rows
 
 

@@ -234,6 +234,19 @@ def test_training_the_energy_leaves_the_generator_alone(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in lab.generator.state_dict().items())
 
 
+def test_the_generator_learns_where_the_data_are_bright(tmp_path):
+    """White left halves: hinge losses with the right signs move G there, and D tells the two apart."""
+    lab = lab_of(tmp_path, "--g-iters", 60, "--batch", 8, "--bank", 8, "--g-width", 0.05, "--log-every", 60)
+    white = torch.zeros(16, 1, 28, 28, dtype=torch.uint8)
+    white[..., :14] = 255
+    lab.data = common.Images(white, torch.zeros(16), "halves")
+    with torch.no_grad():
+        x = lm.train_generator(lab)(torch.randn(32, 128))
+    assert x[..., :14].mean() > x[..., 14:].mean() + 0.2
+    row = torch.load(lab.run.folder / "generator.pt", weights_only=True)["rows"][-1]
+    assert row["real"] > row["fake"]
+
+
 # --- the score's chain ---
 
 
