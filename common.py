@@ -1391,7 +1391,7 @@ def wilson(successes, n):
     """95 % Wilson interval [low, high] of a rate."""
     z, p = 1.959964, successes / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    return [max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)]
 
 
 def rate(name, ok):

@@ -36,7 +36,8 @@ drift: length of the gradient's part of a step over that of the noise. age: mean
 
 Differs from the source:
   - Only CIFAR-10 takes fresh states from a generator (trained here) unless --rejuvenate says so; the others
-    take them from the data, the source's variant; for ImageNet there is no generator at 224 pixels here.
+    take them from the data, the source's variant (whose published p, bank and noise --rejuvenate data does not
+    set); for ImageNet there is no generator at 224 pixels here.
   - A defence may use fewer steps than K / p, the mean life in training: glyphs 75 of 400, ImageNet (as
     published) 200 of 2,000. The text has K_def = 1500 and 2000 for CIFAR-10; we follow the code, 2000.
   - Bank and data are visited in shuffled passes; ImageNet as centre crops (source: random crops). Classifiers

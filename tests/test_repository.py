@@ -120,7 +120,7 @@ def measured():
                     interval = entry["ours"].get(f"{key}, 95 %")
                     cells = (f"{name} ({entry['seconds']:.0f})", key.replace("|", "&#124;"),
                              (f"{ours:.4g}" if isinstance(ours, float) else str(ours)) +
-                             (" [{:.2f}, {:.2f}]".format(*interval) if interval else ""), published.get(key, ""))
+                             (" [{:.2f}, {:.2f}]".format(*(max(v, 0) for v in interval)) if interval else ""), published.get(key, ""))
                     lines.append("| " + " | ".join(map(str, cells)) + " |")
             lines.append("")
     return "\n".join(lines)
