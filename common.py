@@ -1408,6 +1408,10 @@ def curves(panels, ylabel, **axis_settings):
             axis.plot(list(points), list(points.values()), "o-", ms=3, label=label)
         axis.set(xlabel=xlabel, **axis_settings)
         axis.legend(fontsize=8)
+        ticks = sorted({x for points in lines.values() for x in points})
+        if axis_settings.get("xscale") == "log" and len(ticks) < 7:  # else labels of minor ticks overlap
+            axis.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+            axis.minorticks_off()
     axes[0, 0].set_ylabel(ylabel)
     return figure
 
