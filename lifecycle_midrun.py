@@ -166,14 +166,14 @@ def three_sizes(quick, paper):
     return {"smoke": new(quick, **tiny, f_width=min(quick.f_width, 1)), "quick": quick, "paper": paper}
 
 
-def longer(s):
+def enlarged(s):
     """The budget "paper" of sets that are not in the source: ten times the training, Alg. 3 at its size."""
     return new(s, width=1.0, updates=10 * s.updates, f_iters=3000, other_iters=3000, u_iters=6000,
                s_iters=15_000, g_iters=15_000, h_def=128, h_adv=48, n=50, n_last=50, n_few=50, images=1000,
                few=125)
 
 
-SETTINGS = {"glyphs": three_sizes(GREY, longer(GREY)), "mnist": three_sizes(MNIST, longer(MNIST)),
+SETTINGS = {"glyphs": three_sizes(GREY, enlarged(GREY)), "mnist": three_sizes(MNIST, enlarged(MNIST)),
             "cifar10": three_sizes(CIFAR, PAPER),
             "tinyimagenet": three_sizes(TINY, new(TINY, **{k: getattr(PAPER, k) for k in (
                 "width updates bank batch k_train k h_def h_adv n n_last last u_iters s_iters".split())})),
