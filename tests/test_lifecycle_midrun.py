@@ -236,7 +236,7 @@ def test_training_the_energy_leaves_the_generator_alone(tmp_path):
 
 def test_the_generator_learns_where_the_data_are_bright(tmp_path):
     """White left halves: hinge losses with the right signs move G there, and D tells the two apart."""
-    lab = lab_of(tmp_path, "--g-iters", 60, "--batch", 8, "--bank", 8, "--g-width", 0.05, "--log-every", 60)
+    lab = lab_of(tmp_path, "--g-iters", 120, "--batch", 8, "--bank", 8, "--g-width", 0.125, "--log-every", 120)
     white = torch.zeros(16, 1, 28, 28, dtype=torch.uint8)
     white[..., :14] = 255
     lab.data = common.Images(white, torch.zeros(16), "halves")
