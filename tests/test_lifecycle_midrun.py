@@ -145,6 +145,31 @@ def test_a_replaced_state_gets_a_latent_of_its_own(tmp_path, monkeypatch):
     assert torch.equal((kept[0]["bank"] != kept[1]["bank"]).flatten(1).any(1), changed)
 
 
+class Fill(nn.Module):
+    """A generator of one weight: images filled with weight times the first latent."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, z):
+        return (self.weight * z[:, :1])[..., None, None].expand(-1, 1, 28, 28)
+
+
+def test_the_generator_in_tandem_goes_where_its_own_states_went(tmp_path, monkeypatch):
+    """States that stay give no gradient, if each is held against what its own latent makes."""
+    made, weights = common.make_net, []
+    monkeypatch.setattr(common, "make_net", lambda name, *a: Fill() if name == "sngan_generator" else made(name, *a))
+    for moved in (1.0, 2.0):
+        class Scaling(Counting):
+            def __call__(self, x, steps):
+                return moved * x, torch.tensor(0.1)
+        monkeypatch.setattr(lm, "Sampler", Scaling)
+        lab = lab_of(tmp_path, "--updates", 1, name=f"m{moved}")
+        weights.append(lm.train_midrun(lab, "short", tandem=True, p=0)[2].weight.item())
+    assert weights[0] == 1 and weights[1] == pytest.approx(1 + 1e-4, abs=1e-6)  # Adam's first step, upwards
+
+
 @pytest.mark.parametrize("tandem", [False, True])
 def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch, tandem):
     flags = ("--updates", 7, "--save-every", 2, "--log-every", 3, "--p", 0.3)
@@ -335,6 +360,19 @@ def test_labels_are_right_when_they_are_equal(tmp_path):
     task = Task(fake_lab(tmp_path), "c", None, torch.rand(3, 1, 4, 4), torch.tensor([4, 5, 6]), DATA)
     assert task.right(torch.tensor([5, 5]), torch.tensor([1, 2])).tolist() == [True, False]
     assert task.right(torch.tensor([4, 5, 0]), slice(3)).tolist() == [True, True, False]
+
+
+def test_an_attack_on_another_task_is_refused(tmp_path):
+    x, y = torch.zeros(2, 1, 4, 4), torch.ones(2, 4, 4, dtype=torch.long)
+    x[:, 0, :2] = 1
+    lab = fake_lab(tmp_path, images=2, n=1, restarts=1)
+    for data, refused in (("one", False), ("one", False), ("two", True)):
+        task = Task(lab, "m", Threshold(), x, y, SimpleNamespace(name=data))
+        if refused:
+            with pytest.raises(UserError, match="task one .now two"):
+                lm.algorithm_1(task, "a", Defence(task.f))
+        else:
+            lm.algorithm_1(task, "a", Defence(task.f))
 
 
 def test_eot_of_a_segmentation_averages_logits_pixel_by_pixel(monkeypatch):
