@@ -266,6 +266,12 @@ def rejuvenate(bank, age, place, p, fresh):
         bank[new], age[new] = fresh(new), 0
 
 
+@torch.no_grad()
+def drawn(G, z):
+    """Images that a generator makes of latents z [n, 128] -> [n, C, S, S], in batches of 250."""
+    return torch.cat([G(part) for part in z.split(250)])
+
+
 @common.own_randomness
 def train_midrun(lab, name="energy", anneal=True, tandem=False, **changes):
     """Algorithm 4 -> (V, age of each state in the bank, int64 [N] Langevin steps, G or None).
@@ -284,7 +290,7 @@ def train_midrun(lab, name="energy", anneal=True, tandem=False, **changes):
         if not tandem:
             return lab.fresh(len(places))
         z[places] = torch.randn(len(places), 128, device=run.device)
-        return torch.cat([G(z_) for z_ in z[places].split(250)])
+        return drawn(G, z[places])
     bank = fresh(torch.arange(s.bank, device=run.device))
     age = torch.zeros(s.bank, dtype=torch.long, device=run.device)
     optimizer = torch.optim.Adam(V.parameters(), s.lr)
@@ -572,12 +578,8 @@ class Task:
         smooth = None if sampler else common.smoothed(self.lab.energy[0], self.s.beta)
         return Defence(self.f, self.s.k if K is None else K, mine, smooth, self.s.chunk)
 
-    @functools.cached_property
-    def transferred(self):
-        """PGD from the undefended network."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            return attack_f(self.f, self.x, self.y, self.s.n, self.s.step, self.s.eps)
+    transferred = functools.cached_property(common.own_randomness(  # PGD from the undefended network
+        lambda task: attack_f(task.f, task.x, task.y, task.s.n, task.s.step, task.s.eps)))
 
 
 class Lab:
@@ -625,9 +627,7 @@ class Lab:
         """n in-distribution states: of the frozen generator, or of the training images (--rejuvenate)."""
         if self.s.rejuvenate == "data":
             return self.images(torch.randint(len(self.data), (n,)).to(self.args.device))
-        z = torch.randn(n, 128, device=self.args.device)
-        with torch.no_grad():
-            return torch.cat([self.generator(z_) for z_ in z.split(250)])
+        return drawn(self.generator, torch.randn(n, 128, device=self.args.device))
 
     generator = functools.cached_property(train_generator)
     score = functools.cached_property(train_score)
@@ -791,8 +791,7 @@ def figure_3_1(lab):
     s, start, life = lab.s, lab.start, round(lab.s.k_train / max(lab.s.p, 1e-3))
     short, _, G = train_midrun(lab, "energy-short", False, True, p=0.5, tau_train=s.tau_short, lr=1e-4)
     long = train_midrun(lab, "energy-long", p=s.p / 20, updates=2 * s.updates)[0]
-    with torch.no_grad():
-        young = torch.cat([G(z) for z in torch.randn(len(start), 128, device=lab.run.device).split(250)])
+    young = drawn(G, torch.randn(len(start), 128, device=lab.run.device))
     if s.rejuvenate == "generator":
         start = lab.fresh(len(start))
     ks, few = ([round(m * unit) for m in (0, 1 / 16, 1 / 4, 1, 4, 10)] for unit in (life, 4 * s.k_train))
@@ -889,8 +888,7 @@ def rejuvenation(lab):
 def generator(lab):
     """The GAN that mid-run states can come from: Frechet distance of its samples, beside held-out images."""
     n, (name, network) = min(1000, len(lab.test)), lab.features
-    with torch.no_grad():
-        x = torch.cat([lab.generator(z) for z in torch.randn(n, 128, device=lab.run.device).split(250)])
+    x = drawn(lab.generator, torch.randn(n, 128, device=lab.run.device))
     sets = {"generator's samples": x, "held-out images": lab.test.take(slice(0, n)).to(lab.run.device)}
     lab.run.save(common.picture_rows({title: x[:40] for title, x in sets.items()}, 20), "generator")
     found = {title: common.feature_statistics(network, x) for title, x in sets.items()}
