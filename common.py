@@ -38,6 +38,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as T
 from torchvision.utils import make_grid
@@ -395,7 +396,8 @@ def in_memory(pictures, workers=2):
     Labels: torchvision's, or the rank of the folder that a file lies in among these files' folders. Masks are
     uint8 [N, S, S]: 1 for the pet and its outline, 0 for what lies behind.
     """
-    loader = torch.utils.data.DataLoader(pictures, batch_size=64, num_workers=workers)
+    loader = torch.utils.data.DataLoader(pictures, batch_size=64, num_workers=workers,
+                                         generator=torch.Generator())  # else it draws from everybody's
     try:
         parts = list(loader)
     except UserError as error:
@@ -732,14 +734,14 @@ def spectral(net):
 
 
 class GBlock(nn.Module):
-    """Residual block of an SNGAN generator that doubles the side (bilinear)."""
+    """Residual block of an SNGAN generator; up: it doubles the side (bilinear)."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, up=True):
         super().__init__()
-        up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        self.main = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), up, nn.Conv2d(c_in, c_out, 3, 1, 1),
+        scale = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False) if up else nn.Identity()
+        self.main = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), scale, nn.Conv2d(c_in, c_out, 3, 1, 1),
                                   nn.BatchNorm2d(c_out), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1))
-        self.shortcut = nn.Sequential(up, nn.Conv2d(c_in, c_out, 1))
+        self.shortcut = nn.Sequential(scale, nn.Conv2d(c_in, c_out, 1)) if up or c_in != c_out else scale
 
     def forward(self, x):
         return self.main(x) + self.shortcut(x)
@@ -763,6 +765,26 @@ class SNGANGenerator(nn.Module):
 
     def forward(self, z):
         return (torch.tanh(self.body(self.linear(z).unflatten(1, (-1, self.first, self.first)))) + 1) / 2
+
+
+class FixerNet(nn.Module):
+    """Image to image, thesis ch. 5: x plus what an SNGAN generator without up-sampling makes of x.
+
+    [B, C, S, S] -> the same shape. It starts as the identity (its last layer is zero). Not clamped: the end
+    of a chain is not in [0, 1] either. 300,099 parameters at width 64, four blocks, three channels.
+    """
+
+    def __init__(self, width=64, channels=3, blocks=4):
+        super().__init__()
+        last = nn.Conv2d(width, channels, 3, 1, 1)
+        self.body = nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1),
+                                  *[GBlock(width, width, up=False) for _ in range(blocks)],
+                                  nn.BatchNorm2d(width), nn.ReLU(), last)
+        init_xavier(self)
+        nn.init.zeros_(last.weight)
+
+    def forward(self, x):
+        return x + self.body(2 * x - 1) / 2
 
 
 class DeepBlock(nn.Module):
@@ -984,6 +1006,60 @@ class ResBlockD(nn.Module):
         return self.head(self.features(x))
 
 
+def weights_at_hand(name, data_dir):
+    """torchvision's weight file of that name in data_dir or in torch's hub folder, or None."""
+    places = [Path(data_dir) / name, Path(torch.hub.get_dir()) / "checkpoints" / name]
+    return next((p for p in places if p.exists()), None)
+
+
+def read_weights(net, file, what):
+    """Load torchvision's weights of a network; UserError when the file holds something else."""
+    try:
+        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise UserError(f"{file}: not torchvision's {what} weights ({type(error).__name__})") from None
+
+
+class VGGMaps(nn.Module):
+    """A feature map of torchvision's VGG-16: [B, 3 or 1, H, W] in [0, 1] -> [B, C_j, H_j, W_j].
+
+    layer: index in its `features`; 3, 8, 15, 22 are relu1_2, relu2_2, relu3_3, relu4_3. shape: (C, H, W) of
+    the images. Frozen, in eval mode.
+    """
+    FILE = "vgg16-397923af.pth"
+
+    def __init__(self, file, layer, shape):
+        super().__init__()
+        net = torchvision.models.vgg16(weights=None, init_weights=False)
+        read_weights(net, file, "VGG-16")
+        self.body = net.features[:layer + 1]
+        for key, value in (("mean", (.485, .456, .406)), ("std", (.229, .224, .225))):
+            self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+        try:
+            self(torch.zeros(1, *shape))
+        except RuntimeError:
+            layer = len(net.features)
+        if layer >= len(net.features):
+            raise UserError(f"VGG-16 has no such layer for images {tuple(shape)}: try 3, 8 or 15")
+
+    def forward(self, x):
+        return self.body((x.expand(-1, 3, -1, -1) - self.mean) / self.std)
+
+
+def feature_maps(net, layer):
+    """A layer's output of a network trained here: images -> maps [B, C_j, H_j, W_j]; "body.8" names a layer.
+
+    Shares the network's weights, leaves the layers behind it out. UserError for a layer it does not have.
+    """
+    try:
+        part = create_feature_extractor(net, {layer: "maps"})
+    except Exception as error:
+        raise UserError(f"no feature maps at layer '{layer}' of {type(net).__name__}: "
+                        f"{first_line(error)}") from None
+    return lambda x: part(x)["maps"]
+
+
 class InceptionFeatures(nn.Module):
     """torchvision's Inception-V3: [B, 3 or 1, H, W] in [0, 1] -> 2048 features; forward: 1000 logits.
 
@@ -995,19 +1071,14 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         self.net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
         if file is not None:
-            try:
-                self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-            except Exception as error:
-                raise UserError(f"{file}: not torchvision's Inception-V3 weights "
-                                f"({type(error).__name__})") from None
+            read_weights(self.net, file, "Inception-V3")
         self.head, self.net.fc = self.net.fc, nn.Identity()
         self.eval()
 
     @classmethod
     def at_hand(cls, data_dir):
         """The weight file in data_dir or in torch's hub folder, or None."""
-        places = [Path(data_dir) / cls.FILE, Path(torch.hub.get_dir()) / "checkpoints" / cls.FILE]
-        return next((p for p in places if p.exists()), None)
+        return weights_at_hand(cls.FILE, data_dir)
 
     def features(self, x):
         x = x.expand(-1, 3, -1, -1)
@@ -1049,6 +1120,7 @@ def make_net(name, outputs, shape, width=1.0):
             "light_ebm": lambda: LightEBM(round(32 * width), c, side),
             "sngan": lambda: SNGANEnergy(width, outputs, c, side),
             "sngan_generator": lambda: SNGANGenerator(width, c, side),  # takes z [B, 128]
+            "fixer": lambda: FixerNet(round(64 * width), c, 4 if side <= 32 else 6),  # image to image
             "biggan_deep": lambda: BigGANEnergy(round(48 * width), c),
             "unet": lambda: UNet(round(16 * width), outputs, c, levels),
             "score": lambda: UNet(round(16 * width), c, c, levels, norm=False),
@@ -1116,13 +1188,14 @@ def train_classifier(run, data, classes, net, width, iterations, name="classifie
     return model.eval()
 
 
-def updates(run, name, total, made_with, parts, show, log_every, save_every, cost=None):
+def updates(run, name, total, made_with, parts, show, log_every, save_every, cost=None, unit="update"):
     """Count the updates of a training: yields (it, row), it = 1 ... total, with log-NAME.csv and NAME.pt.
 
     The loop fills `row` with numbers; every log_every updates their means are a line of the log. parts {name:
     module, optimizer or tensor} is what a checkpoint holds: an interrupted training goes on where it was, a
-    finished one yields nothing; either way the parts are restored, in place. cost(): seconds an update, said
-    beforehand. Raises Diverged when a number is not finite.
+    finished one yields nothing; either way the parts are restored, in place. row["stop"] = True: finished
+    early. cost(): seconds an update, said beforehand. unit: what is counted, if not updates. Raises Diverged
+    when a number is not finite.
     """
     file = run.folder / f"{name}.pt"
     state = load_checkpoint(file, made_with) or {"it": 0, "rows": [], "since": []}
@@ -1131,23 +1204,26 @@ def updates(run, name, total, made_with, parts, show, log_every, save_every, cos
     if state["it"] >= total:
         return
     expected = f", some {(total - state['it']) * cost():.0f} s at this machine's speed" if cost else ""
-    print(f"training {name}: {total - state['it']} updates{expected}", flush=True)
+    print(f"training {name}: {total - state['it']} {unit}s{expected}", flush=True)
     log, since = Log(run.folder / f"log-{name}.csv", total, state["rows"], show), state["since"]
     for it in range(state["it"] + 1, total + 1):
         row = {}
         yield it, row
+        finished = row.pop("stop", False) or it == total
         since.append(row)
         finite = all(math.isfinite(v) for v in row.values())
-        if it % log_every == 0 or it == total or not finite:
+        if it % log_every == 0 or finished or not finite:
             log.add(it, **{k: sum(r[k] for r in since) / len(since) for k in row})
             since = []
         if not finite:
-            raise Diverged(f"training {name} diverged at update {it}: a number is not finite; try a lower "
+            raise Diverged(f"training {name} diverged at {unit} {it}: a number is not finite; try a lower "
                            "learning rate", log.rows)
-        if it % save_every == 0 or it == total:
-            save_checkpoint(file, made_with, it=it, rows=log.rows, since=since, **{
+        if it % save_every == 0 or finished:
+            save_checkpoint(file, made_with, it=total if finished else it, rows=log.rows, since=since, **{
                 key: part if isinstance(part, torch.Tensor) else part.state_dict()
                 for key, part in parts.items()})
+        if finished:
+            return
 
 
 def bfloat16_units(device):
