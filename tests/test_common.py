@@ -491,6 +491,26 @@ def test_inception_features(tmp_path, monkeypatch):
         common.InceptionFeatures(tmp_path / made.FILE)
 
 
+def test_feature_maps_are_a_layer_s_output_with_the_network_s_own_weights():
+    for name, layer, cut in (("small_cnn", "body.8", 9), ("wrn16", "body.4", 5)):
+        shape = (1, 28, 28) if name == "small_cnn" else (3, 32, 32)
+        net, x = common.make_net(name, 10, shape, 0.5).eval(), torch.rand(2, *shape)
+        maps = common.feature_maps(net, layer)
+        assert torch.allclose(maps(x), net.body[:cut](2 * x - 1), atol=1e-5)
+        with torch.no_grad():
+            net.body[0].weight += 0.1                                           # as training would
+        assert torch.allclose(maps(x), net.body[:cut](2 * x - 1), atol=1e-5)
+        with pytest.raises(UserError, match="no feature maps at layer 'body.99'"):
+            common.feature_maps(net, "body.99")
+
+
+def test_the_fixer_has_an_sngan_generator_s_blocks_without_up_sampling():
+    net = common.make_net("fixer", 1, (3, 32, 32))
+    assert sum(p.numel() for p in net.parameters()) == 300_099
+    block, x = common.GBlock(4, 4, up=False), torch.rand(2, 4, 5, 5)
+    assert block(x).shape == x.shape and torch.allclose(block(x) - block.main(x), x, atol=1e-6)
+
+
 # --- checkpoints and numbers ---
 
 
@@ -621,6 +641,18 @@ def test_updates_resume_log_means_and_stop_at_nonsense(tmp_path):
         for it, row in common.updates(SimpleNamespace(folder=tmp_path), "nan", 5, {}, made, ("a",), 4, 2):
             row["a"] = float("nan")
     assert not (tmp_path / "nan.pt").exists()
+
+
+def test_updates_that_finish_early_are_finished(tmp_path):
+    made, seen = {"n": torch.zeros(1)}, []
+    for _ in range(2):
+        for it, row in common.updates(SimpleNamespace(folder=tmp_path), "early", 9, {}, made, ("a",), 4, 4, unit="epoch"):
+            made["n"] += it
+            seen.append(it)
+            row |= {"a": float(it), "stop": it == 5}
+    assert seen == [1, 2, 3, 4, 5] and made["n"].item() == 15
+    with open(tmp_path / "log-early.csv") as file:
+        assert [(row["it"], row["a"]) for row in csv.DictReader(file)] == [("4", "2.5"), ("5", "5.0")]
 
 
 def test_class_colours():

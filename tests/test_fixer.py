@@ -452,6 +452,39 @@ def test_pgd_of_torchattacks_goes_no_further_than_ours_on_g_and_f(tmp_path, exac
     assert held[0] >= 10 and held[2] <= held[1] + 1 and held[2] < held[0]
 
 
+def test_eot_pgd_of_torchattacks_goes_no_further_than_ours_on_the_whole_defence(tmp_path, exact):
+    """Chains that add noise, G, f; theirs sees T as the identity by a straight-through sum, as ours does."""
+    torchattacks = pytest.importorskip("torchattacks")
+    lab = lab_of(tmp_path, "--f-iters", 100, "--images", 40, "--pairs", 100, "--batch", 20, "--eps", 0.1, "--step", 0.025,
+                 "--n", 15, "--h-adv", 4, "--h-def", 16)
+    lab.sampler = Noise(0.1)
+    defence = lab.defence(lab.f, lab.fixer)
+
+    class StraightThrough(nn.Module):
+        def forward(self, x):
+            return defence.f(x + (lab.sampler(x, lab.s.k)[0] - x).detach())
+    theirs = torchattacks.EOTPGD(StraightThrough().eval(), eps=0.1, alpha=0.025, steps=15, eot_iter=4)(lab.x, lab.y)
+    record, ours = lab.attack("a", defence)
+    natural, held = (int(lab.right(defence.predict(x, 16), slice(None)).sum()) for x in (lab.x, theirs))
+    assert natural >= 25 and int(record[-1].sum()) <= held + 2 < natural
+    assert (ours - lab.x).abs().max() <= 0.1 + 1e-6
+
+
+def test_stronger_attacks_are_those_they_are_called(tmp_path):
+    lab, asked = lab_of(tmp_path, "--n", 5, "--step", 0.04), []
+    lab.phases = ((Blend(1.0), None), (Blend(1.0), None))
+    broken = iter(range(8))
+
+    def attack(name, defence, last=0, images=0, **changes):
+        asked.append((isinstance(defence.f, nn.Sequential), images, changes))
+        return torch.stack([torch.ones(4), torch.arange(4) != next(broken) % 4]).bool(), None
+    lab.attack = attack
+    rows = fixer.stronger(lab)
+    changes = [{}, {"n": 20}, {"restarts": 3}, {"n": 10, "step": 0.01}]
+    assert asked == [(False, 4, change) for change in changes] + [(True, 4, change) for change in changes]
+    assert rows["robust acc, + Fixer (20 steps)"] == 0.75 and rows["robust acc, + Fixer (worst of these)"] == 0
+
+
 # --- upper bound ---
 
 
