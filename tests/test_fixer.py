@@ -473,16 +473,18 @@ def test_eot_pgd_of_torchattacks_goes_no_further_than_ours_on_the_whole_defence(
 def test_stronger_attacks_are_those_they_are_called(tmp_path):
     lab, asked = lab_of(tmp_path, "--n", 5, "--step", 0.04), []
     lab.phases = ((Blend(1.0), None), (Blend(1.0), None))
-    broken = iter(range(8))
+    broken = iter([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3])
 
     def attack(name, defence, last=0, images=0, **changes):
-        asked.append((isinstance(defence.f, nn.Sequential), images, changes))
-        return torch.stack([torch.ones(4), torch.arange(4) != next(broken) % 4]).bool(), None
+        kind = "around" if isinstance(defence.sampler, Fixed) else "G" if isinstance(defence.f, nn.Sequential) else "T"
+        asked.append((kind, images, changes))
+        return torch.stack([torch.ones(4), torch.arange(4) != next(broken)]).bool(), None
     lab.attack = attack
     rows = fixer.stronger(lab)
     changes = [{}, {"n": 20}, {"restarts": 3}, {"n": 10, "step": 0.01}]
-    assert asked == [(False, 4, change) for change in changes] + [(True, 4, change) for change in changes]
-    assert rows["robust acc, + Fixer (20 steps)"] == 0.75 and rows["robust acc, + Fixer (worst of these)"] == 0
+    assert asked == [(kind, 4, change) for kind in ("T", "G", "around") for change in changes]
+    assert rows["robust acc, + Fixer, through G (20 steps)"] == 0.75
+    assert rows["robust acc, mid-run (worst of these)"] == 0.75 and rows["robust acc, + Fixer (worst of these)"] == 0.25
 
 
 # --- upper bound ---
