@@ -106,7 +106,7 @@ class Settings:
     beta: float = 20.0           # sharpness of its stand-in for ReLU
     n_last: int = 50             # N of that attack
     images: int = 1000           # test images that are attacked
-    few: int = 200               # the same in ablation and honesty
+    few: int = 200               # the same in stronger, ablation and honesty
     natural: int = 5000          # test images whose natural accuracy is taken
     chunk: int = 1600            # chains that run as one batch
     graph: int = 1               # CUDA: replay a captured step; 0: launch every kernel
