@@ -171,6 +171,8 @@ def test_chains_and_images_stay_together_across_chunks(tmp_path):
     lab = lab_of(tmp_path, "--chunk", 3)
     lab.sampler = Noise(0.0)
     assert torch.equal(fixer.purified(lab, "pairs", lab.split[0], 3), lab.images(lab.split[0]).half())
+    lab = lab_of(tmp_path, "--chunk", 7)                                        # two images, three chains each
+    lab.sampler = Noise(0.0)
     found = fixer.same_chains(lab, lab.x, 3, {"pixels": lambda x: x.flatten(1)})["pixels"]
     assert all(torch.allclose(chain, lab.x.flatten(1), atol=1e-6) for chain in found)
 
@@ -236,6 +238,8 @@ def test_g_learns_to_take_noise_away(tmp_path):
     before = fixer.mean_loss(lab, F.mse_loss, None, fixer.purified(lab, "pairs-held", lab.split[1], 3), lab.split[1])
     assert before == pytest.approx(0.04, rel=0.1) and curve[0, 1].item() == pytest.approx(before, rel=1e-4)
     assert curve[-1, 1] < 0.5 * before
+    norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.running_mean.abs().max() > 0 for m in norms)         # it learned in train mode
     x = lab.x
     with torch.no_grad():
         assert (G(x + 0.2 * torch.randn_like(x)) - x).pow(2).mean() < 0.02
@@ -408,6 +412,9 @@ def test_an_attack_on_other_networks_is_refused(tmp_path):
     for around in (False, True):
         with pytest.raises(UserError, match="networks"):
             lab.attack("a", lab.defence(lab.f, Blend(0.8), around=around))
+    lab.attack("b", lab.defence(lab.f, Blend(0.7), around=True))
+    with pytest.raises(UserError, match="networks"):
+        lab.attack("b", lab.defence(lab.f, Blend(0.8), around=True))
     assert fingerprint(Blend(0.7)) != fingerprint(Blend(0.7001))
 
 
