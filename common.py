@@ -1037,11 +1037,9 @@ class VGGMaps(nn.Module):
             self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
         try:
-            self(torch.zeros(1, *shape))
-        except RuntimeError:
-            layer = len(net.features)
-        if layer >= len(net.features):
-            raise UserError(f"VGG-16 has no such layer for images {tuple(shape)}: try 3, 8 or 15")
+            net.features[layer], self(torch.zeros(1, *shape))  # there is such a layer, and something left to see
+        except (IndexError, RuntimeError):
+            raise UserError(f"VGG-16 has no such layer for images {tuple(shape)}: try 3, 8 or 15") from None
 
     def forward(self, x):
         return self.body((x.expand(-1, 3, -1, -1) - self.mean) / self.std)
