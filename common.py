@@ -1037,7 +1037,7 @@ class VGGMaps(nn.Module):
             self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
         try:
-            net.features[layer], self(torch.zeros(1, *shape))  # there is such a layer, and something left to see
+            net.features[layer], self(torch.zeros(1, *shape))  # such a layer, and pixels left
         except (IndexError, RuntimeError):
             raise UserError(f"VGG-16 has no such layer for images {tuple(shape)}: try 3, 8 or 15") from None
 
