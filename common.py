@@ -545,19 +545,23 @@ def init_xavier(net):
 
 
 class MnistCNN(nn.Module):
-    """MNIST network of dissertation 3.2: 3,265,409 parameters (1 output). [B, 1, 28, 28] -> [B, outputs]."""
+    """MNIST network of dissertation 3.2: 3,265,409 parameters (1 output). [B, 1, 28, 28] -> [B, outputs].
 
-    def __init__(self, outputs=1, channels=1, side=28):
+    ReLU stands behind the pool: the same function, a quarter of the work. width multiplies the channels.
+    """
+
+    def __init__(self, outputs=1, channels=1, side=28, width=1.0):
         super().__init__()
+        a, b, c = round(32 * width), round(64 * width), round(1024 * width)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64 * (side // 4) ** 2, 1024), nn.ReLU())
-        self.head = nn.Linear(1024, outputs)
+            nn.Conv2d(channels, a, 5, 1, 2), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Conv2d(a, b, 5, 1, 2), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(b * (side // 4) ** 2, c), nn.ReLU())
+        self.head = nn.Linear(c, outputs)
         init_xavier(self)
 
     def features(self, x):
-        return self.body(x)  # [B, 1024]
+        return self.body(x)  # [B, 1024 width]
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -914,6 +918,126 @@ class Pretrained(nn.Module):
         return self.head(self.features(x))
 
 
+class Standardise(nn.Module):
+    """Each image (of each of `groups` stacked networks) to mean 0 and deviation 1, as TensorFlow does it."""
+
+    groups = 1
+
+    def forward(self, x):
+        z = x.reshape(len(x), self.groups, -1)
+        z = z - z.mean(2, keepdim=True)
+        least = 1 / (255 * math.sqrt(z.shape[2]))  # for images of one colour
+        return (z / z.square().mean(2, keepdim=True).sqrt().clamp(min=least)).view(x.shape)
+
+
+class Widen(nn.Module):
+    """A shortcut without weights: average pooling, and zero channels on both sides."""
+
+    groups = 1
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.stride, self.sides = stride, ((c_out - c_in) // 2, (c_out - c_in + 1) // 2)
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, self.stride).unflatten(1, (self.groups, -1))
+        return F.pad(x, (0, 0, 0, 0, *self.sides)).flatten(1, 2)
+
+
+class MadryBlock(nn.Module):
+    """Pre-activation block of MadryWRN; `early`: the shortcut starts behind the first activation."""
+
+    def __init__(self, c_in, c_out, stride, early):
+        super().__init__()
+        self.before = nn.Sequential(nn.BatchNorm2d(c_in, eps=1e-3), nn.LeakyReLU(0.1))
+        self.body = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out, eps=1e-3),
+            nn.LeakyReLU(0.1), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False))
+        self.shortcut = Widen(c_in, c_out, stride) if c_in != c_out else nn.Identity()
+        self.early = early
+
+    def forward(self, x):
+        z = self.before(x)
+        return self.body(z) + self.shortcut(z if self.early else x)
+
+
+class MadryWRN(nn.Module):
+    """CIFAR-10 network of dissertation 3.2, after Madry et al.: 45,901,914 parameters (10 outputs).
+
+    Standardises each image inside. Widths 16, then 160, 320, 640 (width 1), five blocks each.
+    """
+
+    def __init__(self, width=1.0, outputs=10, channels=3):
+        super().__init__()
+        widths = [16, *(max(round(c * width), 16) for c in (160, 320, 640))]
+        blocks = []
+        for stage, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+            for i in range(5):
+                blocks.append(MadryBlock(c_out if i else c_in, c_out, 1 if i or not stage else 2,
+                                         early=not i and not stage))
+        self.body = nn.Sequential(Standardise(), nn.Conv2d(channels, 16, 3, 1, 1, bias=False), *blocks,
+                                  nn.BatchNorm2d(widths[-1], eps=1e-3), nn.LeakyReLU(0.1))
+        self.head = nn.Linear(widths[-1], outputs)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+
+    def features(self, x):
+        return self.body(x).mean((2, 3))  # [B, 640 width]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class GroupedLinear(nn.Module):
+    """`groups` linear layers side by side: [B, groups * c_in] -> [B, groups * c_out]."""
+
+    def __init__(self, groups, c_in, c_out):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(groups * c_out, c_in))
+        self.bias = nn.Parameter(torch.zeros(groups * c_out))
+
+    def forward(self, x):
+        x = x.unflatten(1, (self.groups, -1)).transpose(0, 1)                            # [groups, B, c_in]
+        weight = self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return (x @ weight).transpose(0, 1).flatten(1) + self.bias
+
+
+def side_by_side(nets):
+    """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
+
+    A convolution of K networks is one convolution in K groups. Every tensor of the result's state_dict is
+    that of the K networks laid end to end (torch.cat), so part_of() takes them apart again.
+    """
+    K, wide = len(nets), copy.deepcopy(nets[0])
+    for parent in list(wide.modules()) if K > 1 else ():
+        for name, m in parent.named_children():
+            if isinstance(m, nn.Conv2d):
+                setattr(parent, name, nn.Conv2d(K * m.in_channels, K * m.out_channels, m.kernel_size, m.stride,
+                                                m.padding, groups=K, bias=m.bias is not None))
+            elif isinstance(m, nn.Linear):
+                setattr(parent, name, GroupedLinear(K, m.in_features, m.out_features))
+            elif isinstance(m, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(K * m.num_features, eps=m.eps))
+            elif hasattr(m, "groups"):
+                m.groups = K
+            elif next(m.parameters(recurse=False), None) is not None:
+                raise TypeError(f"side_by_side: no way to group a {type(m).__name__}")
+    states = [net.state_dict() for net in nets]
+    wide.load_state_dict({key: torch.cat([state[key] for state in states]) if value.dim() else value
+                          for key, value in states[0].items()})
+    wide.train(nets[0].training)
+    return wide.to(next(nets[0].parameters()).device, memory_format=torch.channels_last)
+
+
+def part_of(wide, K, k, net):
+    """The k-th (from 0) of the K networks that side_by_side() joined, as its weights for `net`, filled in."""
+    net.load_state_dict({key: value.chunk(K)[k] if value.dim() else value
+                         for key, value in wide.state_dict().items()})
+    return net
+
+
 class Block(nn.Module):
     """Residual block of CIFAR ResNets: two 3x3 convolutions, or 1x1, 3x3, 1x1 (bottleneck, 4x wider out)."""
 
@@ -1108,13 +1232,14 @@ def make_net(name, outputs, shape, width=1.0):
     c, side, _ = shape
     levels = 2 if side <= 32 else 3 if side <= 64 else 4  # of a U-Net
     made = {"plain": lambda: PlainCNN(round(32 * width), outputs, c, side),
-            "mnist_cnn": lambda: MnistCNN(outputs, c, side),
+            "mnist_cnn": lambda: MnistCNN(outputs, c, side, width),
             "resnet18": lambda: ResNet(18, width, outputs, c),
             "resnet50": lambda: ResNet(50, width, outputs, c),
             "resblock_d": lambda: ResBlockD(side, outputs, c),
             "small_cnn": lambda: SmallCNN(round(16 * width), outputs, c),
             "wrn16": lambda: WideResNet(16, width, outputs, c),  # width: the widening factor
             "wrn28": lambda: WideResNet(28, width, outputs, c),
+            "madry_wrn": lambda: MadryWRN(width, outputs, c),
             "light_ebm": lambda: LightEBM(round(32 * width), c, side),
             "sngan": lambda: SNGANEnergy(width, outputs, c, side),
             "sngan_generator": lambda: SNGANGenerator(width, c, side),  # takes z [B, 128]
