@@ -2,55 +2,56 @@ r"""Detecting adversarial examples with one robust detector for each class.
 
 Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.2 ("the dissertation").
 
-The idea. An image that a classifier reads as class k is either of class k, or of another class and attacked. So
-train for every class k a binary detector d_k to tell clean images of k from ATTACKED images of all others, and
-attack d_k itself while it learns: what its attacker finds is what it learns to refuse. An image is accepted if
-the detector of its predicted class says so. The logit of d_k turns out to rank images of class k so well that
-no classifier is needed: the class with the highest logit is the prediction, and that logit decides.
+The idea. An image that a classifier reads as class k is either of class k, or of another class and attacked.
+So train for every class k a binary detector d_k to tell clean images of k from ATTACKED images of all others,
+and attack d_k itself while it learns: what its attacker finds is what it learns to refuse. An image is
+accepted if the detector of its predicted class says so. The logit of d_k turns out to rank images of class k
+so well that no classifier is needed: the class with the highest logit is the prediction, and the same logit
+decides.
 
-    z_k(x) logit of d_k, HIGH = clean and of class k. Pixels in [0, 1]; eps and steps too. Classes: 0 to K-1 in
-    code; the source's d_1, d_2 are those of classes 0 and 1
+    z_k(x) logit of d_k, HIGH = clean and of class k. Pixels in [0, 1]; eps and steps too. Classes are counted
+    from 0 in code: the source's d_1, d_2 are the detectors of classes 0 and 1
 
     (3.23)   min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)]
-             L: logistic loss. The attacker climbs z_k: 32 images of k, 32 attacked others an update
+             L: logistic loss. The attacker climbs z_k. An update: 32 images of k, 32 attacked others
     (3.31)   z_H(x) = (z_1(x), ..., z_K(x));   (3.27)   H(x) = argmax_k z_H(x)_k
     Integrated detection: k = f(x), accepted if z_H(x)_k >= T. Generative detection: the same with k = H(x)
     (3.28)   TPR: share of CLEAN images that are accepted, rightly read or not
     (3.29)   FPR: share of ALL attacked images that are misread AND accepted; one T for all classes
-    Attacks, all untargeted, minimise a loss of x' = x + delta by PGD from the image itself:
+    Attacks, untargeted, minimise a loss of x' = x + delta by PGD from the image itself:
     (3.30)   classifier: z_f(x')_y - max_{i != y} z_f(x')_i
     (3.32)   detector: -max_{i != y} z_H(x')_i. Also the adaptive attack on generative detection
     (3.34)   combined: max(z_f(x')_y, (1 - max_{j != y} z_H(x')_j) max_j z_f(x')_j) - max_{i != y} z_f(x')_i
-    (3.35)   combined: (3.30) while f reads x' as y, else (3.32); decided anew at every step, image by image
-    AUC of d_k: probability that a clean image of class k scores above an attacked image of another; ties half
+    (3.35)   combined: (3.30) while f reads x' as y, else (3.32); decided anew at every step, by image
+    AUC of d_k: probability that a clean image of class k scores above an attacked other one; ties one half
 
 The K detectors are one network: their layers stand side by side, a convolution of K networks being one
-convolution in K groups (common.side_by_side). Nothing passes between them, so each learns what it would alone.
+convolution in K groups (common.side_by_side). Nothing passes between them: each learns what it would alone.
 
 Commands (measured times and numbers stand in README.md and results/):
     python adv_detect.py                               rendered digits, nothing to download
     python adv_detect.py --only table3.4 --models all  the four models of Tab. 3.1 under each other's attacks
     python adv_detect.py --only untuned                attacks that nothing here was tuned against
-    python adv_detect.py --dataset mnist               Linf .3; --models all for all four
+    python adv_detect.py --dataset mnist               the l_inf .3 model; --models all for all four
     python adv_detect.py --dataset cifar10             one GPU; --list: all experiments
 
-How to read the log (log-MODEL.csv): loss of Eq. 3.23, log 2 = .693 at the start; auc and worst: batch AUC, mean
-and worst detector; z_pos, z_neg: logits of clean and of attacked images; val: validation AUC, mean.
+How to read the log (log-MODEL.csv): loss of Eq. 3.23, log 2 = .693 at the start; auc and worst: AUC in the
+batch, mean and worst detector; z_pos, z_neg: logits of clean and of attacked images.
 
 Differs from the source:
-  - The attacker climbs the logit, not the loss: the same maximum, and no vanishing gradient of a sure detector.
-  - 32 + 32 images of each detector in every update (the code: what a shuffled batch of 320 happens to hold).
-  - CIFAR-10: the best checkpoint is chosen on a validation split, as for MNIST (the code: on test images), and
-    AUCs go by label (the code: by what f predicts). Radii are in [0, 1]: Linf 8 there is 8/255 here.
-  - Eq. 3.34's first maximum is over {y, K + 1}, as in the code; over all classes the loss is flat once f is
-    fooled. FPR counts float logits (the code cuts them to whole numbers) with >=.
-  - Smallest perturbations (Tab. 3.6) follow the code, the text has one sentence. One rule of success for all
-    data sets: misread and accepted. A detector gets random images of other classes as its share of the targets.
-  - f and the robust softmax classifier: Adam, one cycle (SGD for CIFAR-10), fewer updates; a tenth of the steps.
-  - quick budgets attack with fewer, longer steps in training (--train-steps), and 2000-step attacks and
-    restarts run on fewer images and starts. n is stated. glyphs are not in the source.
-  - Attack gradients are taken in bfloat16 where the processor has units for it, scores always in float32:
-    bfloat16 logits tie, and an AUC of .9995 is made of ties then.
+  - The attacker climbs the logit, not the loss: the same maximum, and a sure detector's gradient is not lost.
+  - 32 + 32 images of each detector in every update (code: what a shuffled batch of 320 happens to hold).
+  - CIFAR-10: the best weights are chosen on a validation split, as for MNIST (code: on test images), and AUCs
+    go by label (code: by what f predicts). Radii are in [0, 1]: l_inf 8 there is 8/255 here.
+  - Eq. 3.34's first maximum is over {y, K + 1}, as in the code: over all classes, the loss is flat once f is
+    fooled. FPR counts float logits with >= (code: cut to whole numbers, >).
+  - Smallest perturbations (Tab. 3.6) follow the code, as the text has one sentence. One rule of success for
+    all data sets: misread and accepted. Each detector is the target of as many images of other classes.
+  - f and the robust softmax classifier: Adam, one cycle; fewer updates (CIFAR-10: SGD).
+  - quick budgets attack in fewer, longer steps in training (--train-steps), and use fewer images, the fewest
+    for 2,000 steps and for restarts; n is stated. Glyphs are not in the source.
+  - Attack gradients in bfloat16 where the processor has units for it, scores always in float32: bfloat16
+    logits tie, and an AUC of .9995 would be made of ties.
 """
 import copy
 import dataclasses
@@ -79,21 +80,35 @@ class Attack(NamedTuple):
     adam: bool = True            # Adam on delta, else signs (inf) or normalised gradients (2)
     box_first: bool = True       # the box [0, 1] before the ball; CIFAR-10: behind it
 
+    def within(self, steps):
+        """In this many steps (0: as it is); l_inf ones are as long altogether, an l_2 one crosses the ball."""
+        longer = self.steps / steps if steps and self.norm == "inf" else 1
+        return self._replace(steps=steps or self.steps, step=self.step * longer)
 
-def attack(norm, eps, steps, step, unit=1.0, **how):
-    return Attack(norm, eps / unit, steps, step / unit, **how)
+
+def plain(norm, eps, steps, step):
+    """An attack on CIFAR-10, whose source counts pixels from 0 to 255."""
+    return Attack(norm, eps / 255, steps, step / 255, adam=False, box_first=False)
 
 
-PLAIN = dict(unit=255.0, adam=False, box_first=False)  # CIFAR-10: pixels of the source are 0 to 255
-MODELS = {  # name: attack in training, in validation. Tab. 3.1
-    "grey": {"linf0.3": (attack("inf", 0.3, 100, 0.01), attack("inf", 0.3, 200, 0.01)),
-             "linf0.5": (attack("inf", 0.5, 100, 0.01), attack("inf", 0.5, 200, 0.01)),
-             "l2-2.5": (attack("2", 2.5, 100, 0.1), attack("2", 2.5, 200, 0.1)),
-             "l2-5.0": (attack("2", 5.0, 200, 0.1), attack("2", 5.0, 200, 0.1))},
-    "colour": {"linf8": (attack("inf", 8, 40, 0.5, **PLAIN), attack("inf", 8, 40, 0.5, **PLAIN)),  # sec. 3.2.3
-               "l2-80": (attack("2", 80, 20, 10, **PLAIN), attack("2", 80, 20, 10, **PLAIN)),
-               "linf2": (attack("inf", 2, 10, 0.5, **PLAIN), attack("inf", 2, 10, 0.5, **PLAIN))},  # Tab. 3.10
-}
+GREY = {"models": {  # name: attack in training, in validation. Tab. 3.1
+            "linf0.3": (Attack("inf", 0.3, 100, 0.01), Attack("inf", 0.3, 200, 0.01)),
+            "linf0.5": (Attack("inf", 0.5, 100, 0.01), Attack("inf", 0.5, 200, 0.01)),
+            "l2-2.5": (Attack("2", 2.5, 100, 0.1), Attack("2", 2.5, 200, 0.1)),
+            "l2-5.0": (Attack("2", 5.0, 200, 0.1), Attack("2", 5.0, 200, 0.1))},
+        "figure3.2": Attack("inf", 0.3, 100, 0.1),                              # Adam; so long in the code
+        "figure3.3": Attack("inf", 0.4, 100, 0.01),
+        "figure3.6": Attack("2", 15, 60, 0.25, adam=False),  # CIFAR-10's, by the root of the number of pixels
+        "table3.6": Attack("2", math.inf, 1000, 1.0), "c_max": 8.0,
+        "robust": Attack("inf", 0.3, 40, 0.01, adam=False)}
+COLOUR = {"models": {
+              "linf8": (plain("inf", 8, 40, 0.5), plain("inf", 8, 40, 0.5)),    # sec. 3.2.3
+              "l2-80": (plain("2", 80, 20, 10), plain("2", 80, 20, 10)),
+              "linf2": (plain("inf", 2, 10, 0.5), plain("inf", 2, 10, 0.5))},   # Tab. 3.10
+          "figure3.2": plain("inf", 8, 20, 2), "figure3.3": plain("inf", 12, 30, 2),
+          "figure3.6": plain("2", 30 * 255, 60, 0.5 * 255),
+          "table3.6": plain("2", math.inf, 100, 25.6), "c_max": 255.0 ** 2,     # 1 where pixels go to 255
+          "robust": plain("inf", 8, 7, 2)}
 
 
 @dataclasses.dataclass
@@ -106,73 +121,54 @@ class Settings:
     batch: int = 32              # images of its class, and as many attacked ones, for each detector
     lr: float = 5e-4             # of Adam; fine-tuning: of SGD
     finetune: int = 0            # 1: detectors start as the classifier's logits, BatchNorm frozen, SGD
-    train_steps: int = 0         # steps of the attack in training, as long altogether; 0: as Tab. 3.1 has it
-    check_steps: int = 0         # the same for validation and tables 3.2 to 3.5
+    train_steps: int = 0         # steps of attacks in training, as long altogether; 0: as the source has it
+    check_steps: int = 0         # the same for attacks in validation and evaluation
     augment: str = "none"        # crop_flip: pad 2, crop, flip
     val_images: int = 8000       # attacked validation images of each detector
     val_every: int = 156         # updates from one validation to the next
     f_iters: int = 18_750        # updates of the classifier f; 10 epochs of batch 32
     f_sgd: float = 0.0           # rate of SGD; 0: Adam
     f_batch: int = 32
-    at_iters: int = 30_000       # of the robust softmax classifier, batch 50 (Madry et al.)
-    at_steps: int = 40           # of its attack: signs, random start
-    at_step: float = 0.01
-    curve_steps: int = 100       # attack behind figure 3.2
-    curve_step: float = 0.1      # of Adam, so large in the code
+    at_iters: int = 30_000       # updates of the robust softmax classifier, batch 50
+    at_steps: int = 0            # of its attack, like train_steps
     images: int = 10_000         # test images: of curves, and for each detector attacked
     long: int = 10_000           # of them under attacks of more than 500 steps, and with restarts
     restarts: int = 50           # Tab. 3.5
-    smallest: int = 10_000       # pairs of an image and a target for the smallest perturbations (Tab. 3.6)
+    pairs: int = 10_000          # of an image and a target, for the smallest perturbations (Tab. 3.6)
     rounds: int = 20             # of bisection
-    c_max: float = 8.0           # largest weight of the penalty
-    smallest_steps: int = 1000   # of one round ...
-    smallest_step: float = 1.0   # ... and their length
-    target_eps: float = 0.4      # figure 3.3
-    target_steps: int = 100
-    target_step: float = 0.01
-    seed_eps: float = 15.0       # figure 3.6: l_2; CIFAR-10: 30, here by the root of the pixels less
-    seed_steps: int = 60
-    seed_step: float = 0.25
+    search_steps: int = 0        # of one round, like train_steps
     chunk: int = 500             # images (of each detector) that are attacked as one batch
 
     def __post_init__(self):
-        common.at_least(1, self, *"updates batch val_images val_every f_iters f_batch at_iters images long restarts "
-                        "smallest rounds chunk curve_steps smallest_steps target_steps seed_steps".split())
+        common.at_least(1, self, *"updates batch val_images val_every f_iters f_batch at_iters images long "
+                        "restarts pairs rounds chunk".split())
         self.long = min(self.long, self.images)
 
 
 new, PAPER = dataclasses.replace, Settings()
 GLYPHS = new(PAPER, width=0.25, models="linf0.3", updates=500, batch=16, train_steps=20, val_images=60,
-             val_every=100, f_iters=400, at_iters=600, at_steps=10, at_step=0.06, images=500, long=200,
-             restarts=10, smallest=200, rounds=10, smallest_steps=200, smallest_step=0.1)
-MNIST = new(PAPER, models="linf0.3", updates=1200, train_steps=20, val_images=100, val_every=300, f_iters=2000,
-            at_iters=1500, at_steps=10, at_step=0.06, images=1000, long=300, restarts=10, smallest=200,
-            rounds=10, smallest_steps=300, smallest_step=0.1)
+             val_every=100, f_iters=400, at_iters=600, at_steps=10, images=500, long=200, restarts=10,
+             pairs=200, rounds=10, search_steps=200)
+MNIST = new(PAPER, models="linf0.3", updates=1200, train_steps=20, val_images=100, val_every=300,
+            f_iters=2000, at_iters=1500, at_steps=10, images=1000, long=300, restarts=10, pairs=200, rounds=10,
+            search_steps=300)
 CIFAR = new(PAPER, net="madry_wrn", updates=40_000, batch=30, lr=1e-3, finetune=1, augment="crop_flip",
             val_every=500, val_images=1000, f_iters=80_000, f_sgd=0.1, f_batch=128, at_iters=80_000,
-            at_steps=7, at_step=2 / 255, curve_steps=20, curve_step=2 / 255, restarts=10, c_max=255.0 ** 2,
-            smallest_steps=100, smallest_step=0.1, target_eps=12 / 255, target_steps=30, target_step=2 / 255,
-            seed_eps=30.0, seed_step=0.5, chunk=100)
+            restarts=10, chunk=100)
+CIFAR_QUICK = new(CIFAR, width=0.25, models="linf8,l2-80", updates=300, train_steps=10, val_images=100,
+                  val_every=100, f_iters=6000, at_iters=3000, images=1000, long=300, pairs=200, rounds=10)
 
 
 def at_each_budget(quick, paper):
     """The three budgets of a data set."""
-    smoke = dict(width=0.1, updates=3, batch=2, train_steps=2, check_steps=2, val_images=4, val_every=2, f_iters=3, f_batch=8,
-                 at_iters=2, at_steps=1, images=12, long=6, restarts=2, smallest=10, rounds=2,
-                 curve_steps=2, smallest_steps=3, target_steps=2, seed_steps=2, chunk=7)
-    return {"smoke": new(quick, **smoke), "quick": quick, "paper": paper}
+    tiny = dict(width=0.1, updates=3, batch=2, train_steps=2, check_steps=2, val_images=4, val_every=2,
+                f_iters=3, f_batch=8, at_iters=2, at_steps=1, images=12, long=6, restarts=2, pairs=10,
+                rounds=2, search_steps=3, chunk=7)
+    return {"smoke": new(quick, **tiny), "quick": quick, "paper": paper}
 
 
-def elsewhere(quick, **smaller):
-    """quick's set at the size of the source."""
-    return at_each_budget(quick, new(PAPER, models="all", **smaller))
-
-
-SETTINGS = {"glyphs": elsewhere(GLYPHS, updates=5000), "mnist": elsewhere(MNIST),
-            "fashion_mnist": elsewhere(MNIST),
-            "cifar10": at_each_budget(new(
-                CIFAR, width=0.25, models="linf8,l2-80", updates=300, train_steps=10, val_images=100, val_every=100,
-                f_iters=6000, at_iters=3000, images=1000, long=300, smallest=200, rounds=10), CIFAR)}
+SETTINGS = {"glyphs": at_each_budget(GLYPHS, new(PAPER, updates=5000)), "mnist": at_each_budget(MNIST, PAPER),
+            "fashion_mnist": at_each_budget(MNIST, PAPER), "cifar10": at_each_budget(CIFAR_QUICK, CIFAR)}
 OF_TRAINING = "net width updates batch lr finetune augment val_images val_every".split()
 
 # --- the detectors ------------------------------------------------------------------------------------------
@@ -283,12 +279,12 @@ ATTACKS = {"classifier (3.30)": classifier_loss, "detector (3.32)": detector_los
 
 
 def robust_loss(z_pos, z_neg):
-    """Eq. 3.23 of each detector: logits of clean [K, n] and attacked [K, n] images -> [K]; mean of 2n terms."""
+    """Eq. 3.23 of each detector: logits of clean and attacked images [K, n] -> [K]; mean of 2n terms."""
     return (F.softplus(-z_pos).mean(1) + F.softplus(z_neg).mean(1)) / 2
 
 
 def train_step(H, optimizer, x_pos, x_neg, a):
-    """One update of every detector of H with images of its own [K, n, C, S, S] -> logits [2, K, n], losses [K].
+    """An update of each detector of H with its own images [K, n, C, S, S] -> logits [2, K, n], losses [K].
 
     Losses are added, not averaged, over detectors: each gets the gradient that it would get alone.
     """
@@ -328,25 +324,26 @@ def train_detectors(lab, model):
     a, check = lab.attacks(model)
     best, best_auc = copy.deepcopy(H), torch.zeros(H.K)
     made_with = {k: getattr(s, k) for k in OF_TRAINING}
-    made_with |= {"f": [s.f_iters, s.f_batch, s.f_sgd] if s.finetune else "none", "model": model, "attacks": [list(a), list(check)], "seed": run.args.seed,
+    made_with |= {"model": model, "attacks": [list(a), list(check)], "seed": run.args.seed,
+                  "f": [s.f_iters, s.f_batch, s.f_sgd] if s.finetune else "none",
                   "budget": run.args.budget, "data": [len(lab.data), *lab.data.shape]}
     for it, row in common.updates(run, model, s.updates, made_with, {
             "H": H, "optimizer": optimizer, "best": best, "best_auc": best_auc},
-            ("loss", "auc", "worst", "z_pos", "z_neg", "val"), max(s.val_every // 4, 1), s.val_every):
+            ("loss", "auc", "worst", "z_pos", "z_neg"), max(s.val_every // 4, 1), s.val_every):
         x_pos, x_neg = lab.draw(it - 1)
         z, losses = train_step(H, optimizer, x_pos, x_neg, a)
         aucs = [auroc(*pair) for pair in z.transpose(0, 1)]
         row |= {"loss": losses.mean().item(), "auc": sum(aucs) / H.K, "worst": min(aucs),
-                "z_pos": z[0].mean().item(), "z_neg": z[1].mean().item(), "val": best_auc.mean().item()}
+                "z_pos": z[0].mean().item(), "z_neg": z[1].mean().item()}
         if it % s.val_every == 0 or it == s.updates:
             found = lab.auc(H, check, range(H.K), s.val_images, "validation")[0]
             for k in range(H.K):
-                if found[k] > best_auc[k]:
+                if found[k] >= best_auc[k]:                                     # of equals the later one
                     best_auc[k] = found[k]
                     for mine, its in zip(best.state_dict().values(), H.state_dict().values()):
                         if mine.dim():
                             mine.chunk(H.K)[k].copy_(its.chunk(H.K)[k])
-            row["val"] = best_auc.mean().item()
+            print(f"  validation AUC: mean {sum(found) / H.K:.5f}, worst {min(found):.5f}", flush=True)
     return best, best_auc
 
 
@@ -367,7 +364,7 @@ def threshold(z, tpr):
 
 
 def detection_rates(z_clean, z_adv, misread, T):
-    """Eq. 3.28 and 3.29 at thresholds T [m]: logits [n] of clean, [N] of attacked images -> TPR [m], FPR [m]."""
+    """Eq. 3.28, 3.29 at thresholds T [m]: logits of clean [n], attacked [N] images -> TPR [m], FPR [m]."""
     accepted = z_adv[:, None] >= T
     return (z_clean[:, None] >= T).float().mean(0), (accepted & misread[:, None]).float().mean(0)
 
@@ -422,7 +419,7 @@ def apgd(loss, x0, a):
                 best_gradient = torch.where(better, gradient, best_gradient)
             before = value
             if t == at:
-                stuck = (fell < 0.75 * period) | ((step == last[1]) & (best >= last[0]))
+                stuck = (fell <= 0.75 * period) | ((step == last[1]) & (best >= last[0]))
                 last, fell = (best, step), 0.0
                 step = torch.where(stuck, step / 2, step)
                 x, gradient = torch.where(stuck, best_x, x), torch.where(stuck, best_gradient, gradient)
@@ -469,7 +466,8 @@ class Lab:
                       for split in ("train", "test"))
         self.data = data
         self.classes = common.IN_MEMORY[args.dataset][2]
-        self.setups = MODELS["colour" if data.shape[0] == 3 else "grey"]
+        self.source = COLOUR if data.shape[0] == 3 else GREY
+        self.setups = self.source["models"]
         self.unit = 255 if data.shape[0] == 3 else 1                            # of steps in names
         self.models = list(self.setups) if self.s.models == "all" else self.s.models.split(",")
         for name in self.models:
@@ -481,7 +479,8 @@ class Lab:
         common.make_net(self.s.net, 1, data.shape, self.s.width)
         order, shown = (common.shuffled(len(part), 123).to(args.device) for part in (data, test))
         held = len(data) // 6
-        self.splits = {"train": (data, order[held:]), "validation": (data, order[:held]), "test": (test, shown)}
+        self.splits = {"train": (data, order[held:]), "validation": (data, order[:held]),
+                       "test": (test, shown)}
         self.members = {(split, k, inside): index[(of.y[index] == k) == inside] for k in range(self.classes)
                         for split, (of, index) in self.splits.items() for inside in (True, False)}
         if not all(map(len, self.members.values())):
@@ -492,9 +491,14 @@ class Lab:
         return [name for name in self.models if self.setups[name][0].norm == norm]
 
     def attacks(self, model):
-        """A model's attacks in training and validation, in as few steps as settings have it."""
-        return [a._replace(steps=steps or a.steps, step=a.step * a.steps / (steps or a.steps))
-                for a, steps in zip(self.setups[model], (self.s.train_steps, self.s.check_steps))]
+        """A model's attacks in training and in validation."""
+        a, check = self.setups[model]
+        return a.within(self.s.train_steps), check.within(self.s.check_steps)
+
+    def figure_attack(self, name):
+        """The first (l_inf) model and its detectors; the attack of a figure."""
+        model = (self.of_norm("inf") or self.models)[0]
+        return model, self.detectors(model), self.source[name].within(self.s.check_steps)
 
     def images(self, split, index):
         return self.splits[split][0].take(index)
@@ -535,15 +539,14 @@ class Lab:
     @functools.cached_property
     @common.own_randomness
     def robust(self):
-        """The softmax classifier trained on attacked images (Madry et al.), at the first model's eps."""
-        s, eps = self.s, self.setups[self.of_norm("inf")[0]][0].eps
-        a = Attack("inf", eps, s.at_steps, s.at_step, adam=False, box_first=False)
+        """The softmax classifier trained on attacked images (Madry et al.)."""
+        a = self.source["robust"].within(self.s.at_steps)
 
         def adversary(net, x, y):
             net.eval()
             return minimise(lambda x: -F.cross_entropy(net(x).float(), y, reduction="none"), x, a,
-                            scattered(x, "inf", eps))
-        return self.classifier("robust", s.at_iters, 50, adversary, {"attack": list(a)})
+                            scattered(x, a.norm, a.eps))
+        return self.classifier("robust", self.s.at_iters, 50, adversary, {"attack": list(a)})
 
     def classifier(self, name, iterations, batch, adversary=None, made_with=None):
         s = self.s
@@ -598,12 +601,13 @@ def in_words(lab, a):
 
 
 def table_3_1(lab):
-    """The models: attacks in training (here, beside the source's) and in validation; what training reached."""
+    """The models: attacks in training and in validation, and what training reached."""
     rows = {"detectors": lab.classes, "updates": lab.s.updates, "clean + attacked images": 2 * lab.s.batch}
     for model in lab.models:
         a, check = lab.attacks(model)
         aucs = lab.trained(model)[1]
-        rows |= {f"{model}: training attack": in_words(lab, a), f"{model}: validation attack": in_words(lab, check),
+        rows |= {f"{model}: training attack": in_words(lab, a),
+                 f"{model}: validation attack": in_words(lab, check),
                  f"{model}: validation AUC, mean": aucs.mean().item(),
                  f"{model}: validation AUC, worst": aucs.min().item()}
     return rows
@@ -653,11 +657,11 @@ def table_3_5(lab):
 @common.own_randomness
 def table_3_6(lab):
     """Mean l_2 length of the smallest perturbations that are misread and accepted. Also Tab. 3.11."""
-    s, rows = lab.s, {}
+    s, rows, a = lab.s, {}, lab.source["table3.6"].within(lab.s.search_steps)
     for model in lab.models:
-        H, adam = lab.detectors(model), lab.attacks(model)[1].adam
+        H = lab.detectors(model)
         T = threshold(logits(H, lab.test(s.images)[0]).amax(1), 0.95)
-        x = lab.others(range(H.K), max(s.smallest // H.K, 1))                   # [K, n, C, S, S]
+        x = lab.others(range(H.K), max(s.pairs // H.K, 1))                   # [K, n, C, S, S]
         y = torch.stack([lab.splits["test"][0].y[lab.members["test", k, False][:x.shape[1]]]
                          for k in range(H.K)]).long()
 
@@ -667,8 +671,7 @@ def table_3_6(lab):
         found = []
         for i in torch.arange(x.shape[1]).split(s.chunk):
             truth = y[:, i]
-            found.append(smallest_perturbation(H.each, broken, x[:, i], Attack(
-                "2", math.inf, s.smallest_steps, s.smallest_step, adam), s.rounds, s.c_max))
+            found.append(smallest_perturbation(H.each, broken, x[:, i], a, s.rounds, lab.source["c_max"]))
         size = torch.cat(found, 1).flatten()
         rows |= {"n": len(size), f"{model}: T of TPR .95": T,
                  f"{model}: mean L2": size[size.isfinite()].mean().item()}
@@ -694,7 +697,7 @@ def table_3_8(lab):
     return table_3_7(lab, "2")
 
 
-def attacked(lab, name, H, x, y, a):
+def attack_by_name(lab, name, H, x, y, a):
     """Images x [n, C, S, S] of labels y [n] under an attack of Eq. 3.30 to 3.35 by name."""
     def loss(part, y):
         z_f = lab.f(part).float() if name != "detector (3.32)" else None
@@ -707,9 +710,9 @@ def attacked(lab, name, H, x, y, a):
 
 def figure_3_2(lab):
     """TPR against FPR of integrated and generative detection under every attack. Also Fig. 3.4."""
-    s, model = lab.s, (lab.of_norm("inf") or lab.models)[0]
-    H, (x, y), a = lab.detectors(model), lab.test(s.images), lab.attacks(model)[1]
-    a = a._replace(steps=s.curve_steps, step=s.curve_step)
+    model, H, a = lab.figure_attack("figure3.2")
+    (x, y), trained = lab.test(lab.s.images), lab.setups[model][0]
+    a = a._replace(norm=trained.norm, eps=trained.eps)
 
     def judged(x, way):
         z_H = logits(H, x)
@@ -722,7 +725,7 @@ def figure_3_2(lab):
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), sharey=True, layout="constrained")
     worst = {}
     for name in ATTACKS:
-        x_adv = attacked(lab, name, H, x, y, a)
+        x_adv = attack_by_name(lab, name, H, x, y, a)
         for way, (z_clean, _) in clean.items():
             z, misread = judged(x_adv, way)
             T = torch.cat([z_clean, z]).unique()
@@ -765,11 +768,9 @@ def grids(lab, file, pictures):
 
 def figure_3_3(lab):
     """Targeted attacks on the generative and on the robust softmax classifier, all targets. Also Fig. 3.5."""
-    s, model = lab.s, (lab.of_norm("inf") or lab.models)[0]
-    H, check = lab.detectors(model), lab.attacks(model)[1]
-    a = check._replace(norm="inf", eps=s.target_eps, steps=s.target_steps, step=s.target_step)
+    model, H, a = lab.figure_attack("figure3.3")
     each = [lab.images("test", lab.members["test", k, True][:3]) for k in range(H.K)]  # three of each class
-    x = torch.stack(each, 1).flatten(0, 1)                                      # first one of each, second, ...
+    x = torch.stack(each, 1).flatten(0, 1)                                      # one of each class, three times
     found = targeted(lab, H, x.expand(H.K, *x.shape), a)
     truth = torch.arange(H.K, device=x.device).repeat(3).expand(H.K, -1)
     other = (truth != torch.arange(H.K, device=x.device)[:, None]).flatten()
@@ -794,9 +795,8 @@ def class_gaussians(lab, n):
 
 def figure_3_6(lab):
     """Images from class-conditional Gaussian seeds, attacked towards their class."""
-    s, model = lab.s, (lab.of_norm("inf") or lab.models)[0]
-    H, x = lab.detectors(model), class_gaussians(lab, 20)
-    a = Attack("2", s.seed_eps, s.seed_steps, s.seed_step, adam=False, box_first=False)
+    model, H, a = lab.figure_attack("figure3.6")
+    x = class_gaussians(lab, 20)
     found = {"seeds": x, **targeted(lab, H, x, a)}
     rows = {"n": x.shape[0] * x.shape[1], "attack": f"{in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
     for name, images in found.items():
@@ -816,8 +816,10 @@ def untuned(lab):
             """Towards the detector's class on the undefended classifier f."""
             return torch.stack([minimise(lambda z: -lab.f(z)[:, k], part, a) for k, part in enumerate(x)])
         ways = {"Adam": (a, minimise), "normalised": (a._replace(adam=False), minimise), "APGD": (a, apgd),
-                "random search": (a._replace(steps=5 * a.steps), random_search), "transfer from f": (a, transfer)}
-        scores = {name: lab.auc(H, b, (0, 1), lab.s.images, method=method) for name, (b, method) in ways.items()}
+                "random search": (a._replace(steps=5 * a.steps), random_search),
+                "transfer from f": (a, transfer)}
+        scores = {name: lab.auc(H, b, (0, 1), lab.s.images, method=method)
+                  for name, (b, method) in ways.items()}
         for name, (aucs, n) in scores.items():
             rows |= {"n": n} | {f"d_{k + 1} {model}, {name}": v for k, v in enumerate(aucs)}
         for k in (0, 1):

@@ -1014,8 +1014,9 @@ def side_by_side(nets):
     for parent in list(wide.modules()) if K > 1 else ():
         for name, m in parent.named_children():
             if isinstance(m, nn.Conv2d):
-                setattr(parent, name, nn.Conv2d(K * m.in_channels, K * m.out_channels, m.kernel_size, m.stride,
-                                                m.padding, groups=K, bias=m.bias is not None))
+                setattr(parent, name, nn.Conv2d(
+                    K * m.in_channels, K * m.out_channels, m.kernel_size, m.stride, m.padding, groups=K,
+                    bias=m.bias is not None))
             elif isinstance(m, nn.Linear):
                 setattr(parent, name, GroupedLinear(K, m.in_features, m.out_features))
             elif isinstance(m, nn.BatchNorm2d):
