@@ -490,7 +490,7 @@ def crop_flip(x, seed, pad=4, flip=True):
     return padded[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def shuffled(n, seed):
     """A permutation of n indices that depends on the seed alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -553,6 +553,8 @@ class MnistCNN(nn.Module):
     def __init__(self, outputs=1, channels=1, side=28, width=1.0):
         super().__init__()
         a, b, c = round(32 * width), round(64 * width), round(1024 * width)
+        if not a:
+            raise ValueError("no channels are left")
         self.body = nn.Sequential(
             nn.Conv2d(channels, a, 5, 1, 2), nn.MaxPool2d(2), nn.ReLU(),
             nn.Conv2d(a, b, 5, 1, 2), nn.MaxPool2d(2), nn.ReLU(),
@@ -953,7 +955,7 @@ class MadryBlock(nn.Module):
         self.body = nn.Sequential(
             nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out, eps=1e-3),
             nn.LeakyReLU(0.1), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False))
-        self.shortcut = Widen(c_in, c_out, stride) if c_in != c_out else nn.Identity()
+        self.shortcut = Widen(c_in, c_out, stride) if stride > 1 or c_in != c_out else nn.Identity()
         self.early = early
 
     def forward(self, x):
@@ -1008,7 +1010,8 @@ def side_by_side(nets):
     """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
 
     A convolution of K networks is one convolution in K groups. Every tensor of the result's state_dict is
-    that of the K networks laid end to end (torch.cat), so part_of() takes them apart again.
+    that of the K networks laid end to end (torch.cat), so part_of() takes them apart again. Convolutions
+    are plain ones: no dilation. BatchNorm: in eval mode.
     """
     K, wide = len(nets), copy.deepcopy(nets[0])
     for parent in list(wide.modules()) if K > 1 else ():

@@ -11,7 +11,7 @@ from torch import nn
 
 import adv_detect
 import common
-from adv_detect import Attack, Detectors, minimise, own, wrong
+from adv_detect import Attack, Detectors, best_other, minimise, own_logit
 
 
 def lab_of(tmp_path, *flags, name="runs"):
@@ -102,6 +102,7 @@ def test_madry_s_network_standardises_and_widens():
     assert common.Standardise()(faint).max() == pytest.approx((1e-4 * 0.75) * 255 * 2, rel=1e-4)
     short = common.Widen(2, 5, 2)
     y = short(x[:, :2])
+    assert common.MadryBlock(4, 4, 2, False)(torch.rand(2, 4, 8, 8)).shape == (2, 4, 4, 4)
     assert y.shape == (2, 5, 4, 4) and torch.equal(y[:, 1:3], F.avg_pool2d(x[:, :2], 2))
     assert y[:, [0, 3, 4]].abs().max() == 0
 
@@ -115,7 +116,8 @@ Y = torch.tensor([0, 0, 1])
 
 
 def test_losses_by_hand():
-    assert wrong(Z_F, Y).tolist() == pytest.approx([0.5, 3.0, -0.5]) and own(Z_F, Y).tolist() == pytest.approx([2, .2, -2])
+    assert best_other(Z_F, Y).tolist() == pytest.approx([0.5, 3.0, -0.5])
+    assert own_logit(Z_F, Y).tolist() == pytest.approx([2, .2, -2])
     assert adv_detect.classifier_loss(Z_F, None, Y).tolist() == pytest.approx([1.5, -2.8, -1.5])
     assert adv_detect.detector_loss(None, Z_H, Y).tolist() == pytest.approx([3.0, 2.0, -4.0])
     # class K + 1: (1 + 3) 2 = 8, (1 + 2) 3 = 9, (1 - 4) (-.5) = 1.5; against own logits 2, .2, -2
@@ -126,6 +128,8 @@ def test_losses_by_hand():
     z_f = torch.tensor([[1.0, 4.0, -1.0]])                                      # fooled and accepted: not flat at 0
     assert adv_detect.combined_loss(z_f, sure[:1], Y[:1]).item() == pytest.approx(1.0 - 4.0)
     assert adv_detect.switching_loss(Z_F, Z_H, Y).tolist() == pytest.approx([1.5, 2.0, -4.0])
+    # joint: min of margins over y (-1.5, -3; -.1, 2.8; 1, 1.5) and of z_H (-4, -3; -7, -2; 4, 3), the larger of two
+    assert adv_detect.joint_loss(Z_F, Z_H, Y).tolist() == pytest.approx([3.0, 2.0, -1.5])
 
 
 def test_the_switch_of_3_35_goes_by_image_at_every_step_and_carries_no_gradient(exact):
@@ -172,13 +176,8 @@ def test_adam_is_adam_and_fresh_in_every_call(exact):
     once = minimise(loss, x0, a)
     assert torch.allclose(once, x0 + delta, atol=1e-5) and (once - x0).abs().max() > 0.05
     assert torch.equal(minimise(loss, x0, a), once)                             # nothing is left of the first call
-    apart = torch.cat([minimise(lambda x, i=i: loss_of(H, x, i), x0[:, i:i + 1], a) for i in range(3)], 1)
+    apart = torch.cat([minimise(loss, x0[:, i:i + 1], a) for i in range(3)], 1)
     assert torch.allclose(apart, once, atol=1e-5)                               # images do not influence each other
-    assert H.w.grad is not None and loss(x0).requires_grad                      # (of the oracle's backward)
-
-
-def loss_of(H, x, i):
-    return (H.each(x) - 0.3).square() + x.square().sum((-3, -2, -1))
 
 
 def test_attacks_leave_weights_and_their_gradients_alone():
@@ -232,12 +231,9 @@ def test_random_starts(exact):
     assert (x - x0[:, :5]).abs().max() > 0.1 and x.max() <= 1                   # it starts there, not at the image
 
 
-def two_sided(net):
-    """Logits [z, 0] [B, 2]: an attack that raises the cross-entropy of class 1 raises z."""
-    return lambda x: torch.cat([net(x), torch.zeros(len(x), 1)], 1)
-
-
 class TwoSided(nn.Module):
+    """Logits [z, 0] [B, 2]: an attack that raises the cross-entropy of class 1 raises z."""
+
     def __init__(self, net):
         super().__init__()
         self.net = net
@@ -262,7 +258,8 @@ def test_torchattacks_finds_the_same(exact):
         ours = adv_detect.apgd(lambda x: -net(x)[:, 0], x, Attack(norm, eps, 30, 0))
         with torch.no_grad():
             start, found, reached = (net(z)[:, 0] for z in (x, ours, attack(x, y)))
-        assert ((found - start) > 0.97 * (reached - start)).all() and (reached > start).all()
+        tried = reached > start                                                 # (theirs stops where y is lost, and starts anywhere)
+        assert tried.sum() >= 4 and (found - start)[tried].mean() > 0.95 * (reached - start)[tried].mean()
 
 
 def test_apgd_finds_the_optimum_that_fixed_steps_miss(exact):
@@ -306,22 +303,22 @@ def test_together_is_one_after_the_other(exact, monkeypatch):
     """Updates of three detectors as one network, and of each alone: the same weights within rounding."""
     monkeypatch.setattr(adv_detect, "scattered", lambda x, norm, eps: (x + eps / 2).clamp(0, 1))
     nets, a = small_nets(3), Attack("inf", 0.2, 3, 0.1)
-    H = Detectors(copy.deepcopy(nets))
-    optimizer = torch.optim.Adam(H.parameters(), 1e-3)
+    H = Detectors(nets)
+    optimizer = torch.optim.SGD(H.parameters(), 0.1, momentum=0.9)              # (Adam would hide a factor)
     alone = [Detectors([net]) for net in nets]
-    optimizers = [torch.optim.Adam(one.parameters(), 1e-3) for one in alone]
+    optimizers = [torch.optim.SGD(one.parameters(), 0.1, momentum=0.9) for one in alone]
     for _ in range(3):
         x_pos, x_neg = torch.rand(2, 3, 4, 1, 28, 28)
         z, losses = adv_detect.train_step(H, optimizer, x_pos, x_neg, a)
         for k in range(3):
             z_k, loss = adv_detect.train_step(alone[k], optimizers[k], x_pos[k:k + 1], x_neg[k:k + 1], a)
-            assert torch.allclose(z[:, k], z_k[:, 0], atol=2e-3) and loss.item() == pytest.approx(losses[k].item(), abs=1e-3)
+            assert torch.allclose(z[:, k], z_k[:, 0], atol=1e-4) and loss.item() == pytest.approx(losses[k].item(), abs=1e-4)
             assert losses[k].item() == pytest.approx((F.softplus(-z[0, k]).sum() + F.softplus(z[1, k]).sum()).item() / 8, rel=1e-5)
     for k in range(3):
         found = common.part_of(H.nets, 3, k, small_nets(1)[0]).state_dict()
         for key, value in alone[k].nets.state_dict().items():
-            assert torch.allclose(found[key], value, atol=1e-3), key
-            assert not torch.equal(value, nets[k].state_dict()[key]) or value.abs().max() == 0 or alone[k].nets is nets[k]
+            moved = (value - nets[k].state_dict()[key]).abs().max()
+            assert moved > 1e-4 and (found[key] - value).abs().max() < 0.01 * moved + 1e-6, key
 
 
 def test_the_attacker_raises_the_logit_that_training_lowers(exact):
@@ -391,10 +388,10 @@ def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
 
 
 def test_fine_tuning_starts_as_the_classifier_and_leaves_batchnorm_s_statistics(tmp_path, write_npz, exact):
-    folder = write_npz("cifar10", 120)
+    folder = write_npz("cifar10", 360)
     lab = lab_of(tmp_path, "--dataset", "cifar10", "--data-dir", folder, "--val-images", 2)
     H, optimizer = adv_detect.new_detectors(lab)
-    x = lab.test(5)[0]
+    x = lab.test_images(5)[0]
     assert torch.allclose(H(x), lab.f(x), atol=1e-4) and lab.f(x).std() > 1e-3
     norms = [m for m in H.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(m.running_mean.clone(), m.weight.detach().clone()) for m in norms]
@@ -411,8 +408,10 @@ def test_fine_tuning_starts_as_the_classifier_and_leaves_batchnorm_s_statistics(
 
 def test_fewer_steps_are_longer(tmp_path):
     lab = lab_of(tmp_path, "--train-steps", 20, "--check-steps", 0)
-    a, check = lab.attacks("l2-5.0")
-    assert (a.steps, a.step, a.eps) == (20, 1.0, 5.0) and (check.steps, check.step) == (200, 0.1)
+    a, check = lab.attacks("linf0.5")
+    assert (a.steps, a.step, a.eps) == (20, 0.05, 0.5) and (check.steps, check.step) == (200, 0.01)
+    assert lab.attacks("l2-5.0")[0] == Attack("2", 5.0, 20, 0.1)                # an l_2 step crosses the ball anyway
+    assert adv_detect.GREY["table3.6"].within(7) == Attack("2", math.inf, 7, 0.1)
 
 
 # --- metrics ---
@@ -498,7 +497,8 @@ def test_auc_attacks_other_classes_keeps_the_best_start_and_judges_in_float32(tm
 def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
     """f reads every attacked image as class 1; z_H is made up. TPR and FPR by hand."""
     lab = lab_of(tmp_path, "--images", 20)
-    x, y = lab.test(20)
+    lab.splits["test"] = lab.splits["test"][0], lab.splits["test"][1][:20]
+    x, y = lab.test_images(20)
     values = torch.randn(20, 10)
     z = {"clean": values, "adv": torch.randn(20, 10)}
     lab.made["linf0.3"] = SimpleNamespace(K=10), None
@@ -513,12 +513,12 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(adv_detect, "logits", logits)
     rows = adv_detect.figure_3_2(lab)
     T = sorted((values[i, y[i]].item() for i in range(20)), reverse=True)[18]
-    assert rows["integrated: T of TPR .95"] == pytest.approx(T) and rows["natural acc, integrated"] == 1
+    assert rows["T of TPR .95, integrated"] == pytest.approx(T) and rows["natural acc, integrated"] == 1
     by_hand = sum(z["adv"][i, 1].item() >= T and y[i] != 1 for i in range(20)) / 20
-    assert rows["FPR at TPR .95, integrated, combined (3.35)"] == pytest.approx(by_hand)
+    assert rows["FPR at TPR 0.95, integrated, combined (3.35)"] == pytest.approx(by_hand)
     T = sorted(values.amax(1).tolist(), reverse=True)[18]
     by_hand = sum(z["adv"][i].max().item() >= T and z["adv"][i].argmax() != y[i] for i in range(20)) / 20
-    assert rows["FPR at TPR .95, generative, detector (3.32)"] == pytest.approx(by_hand)
+    assert rows["FPR at TPR 0.95, generative, detector (3.32)"] == pytest.approx(by_hand)
     assert rows["misread, generative, detector (3.32)"] == pytest.approx((z["adv"].argmax(1) != y).float().mean().item())
     assert (lab.run.folder / "figure3.2.png").exists()
 
@@ -526,7 +526,7 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
 def test_attacks_by_name_ask_only_for_what_they_need_and_lower_their_loss(tmp_path, exact):
     lab = lab_of(tmp_path, "--chunk", 30)
     H, f = Detectors(small_nets(10)), common.make_net("mnist_cnn", 10, (1, 28, 28), 0.1).eval()
-    x, y = lab.test(8)
+    x, y = lab.test_images(8)
     a, asked = Attack("inf", 0.2, 5, 0.1), []
     lab.__dict__["f"] = lambda x: asked.append("f") or f(x)
 
@@ -551,7 +551,7 @@ def test_targets_and_seeds(tmp_path):
     lab = lab_of(tmp_path)
     H = Detectors(small_nets(10))
     lab.__dict__["robust"] = common.make_net("mnist_cnn", 10, (1, 28, 28), 0.1).eval()
-    x = lab.test(4)[0].expand(10, 4, 1, 28, 28)
+    x = lab.test_images(4)[0].expand(10, 4, 1, 28, 28)
     found = adv_detect.targeted(lab, H, x, Attack("inf", 0.2, 3, 0.1))
     assert (H.each(found["generative"]) > H.each(x)).all()
     for k in range(10):
@@ -580,16 +580,21 @@ def test_smoke_of_every_experiment(tmp_path, capsys):
     assert set(results) == set(adv_detect.EXPERIMENTS)
     for name, entry in results.items():
         numbers = [v for v in entry["ours"].values() if isinstance(v, (int, float))]
-        assert numbers and "untuned" == name or all(math.isfinite(v) for v in numbers if v == v), name
+        assert numbers and all(map(math.isfinite, numbers)), name
     ours = results["table3.4"]["ours"]
     assert {key for key in ours if key.startswith("d_1 l2-2.5")} == {
         f"d_1 l2-2.5, attack {other}" for other in ("linf0.3", "linf0.5", "l2-2.5", "l2-5.0")}
     assert results["table3.1"]["ours"]["linf0.3: training attack"] == "2 x 0.5"
-    for name in ("figure3.2", "figure3.3", "figure3.6"):
+    for name in ("figure3.2", "figure3.3", "figure3.4", "figure3.5", "figure3.6"):
         assert (tmp_path / "adv_detect-glyphs" / f"{name}.png").stat().st_size > 5000
     capsys.readouterr()
     adv_detect.main([*argv, "--only", "table3.1"])
-    assert "training" not in capsys.readouterr().out                            # checkpoints are used
+    assert "training linf" not in capsys.readouterr().out                       # checkpoints are used
+    alone = json.loads((tmp_path / "adv_detect-glyphs" / "results.json").read_text())["table3.1"]["ours"]
+    assert alone == results["table3.1"]["ours"]
+    adv_detect.main([*argv, "--only", "figure3.6"])                             # the same without those before it
+    alone = json.loads((tmp_path / "adv_detect-glyphs" / "results.json").read_text())["figure3.6"]["ours"]
+    assert alone == results["figure3.6"]["ours"]
 
 
 def test_smoke_on_colour(tmp_path, write_npz):
@@ -601,20 +606,79 @@ def test_smoke_on_colour(tmp_path, write_npz):
     assert {"d_1 linf8, attack linf2", "d_2 l2-80, attack l2-80"} <= set(results["table3.9"]["ours"])
 
 
-def test_published_numbers_meet_ours():
-    """Every published key is one that the table prints at the source's settings."""
-    names = {"table3.2": "d_2 l2-5.0, 2000 x 0.05", "table3.3": "d_1 linf0.5, 200 x 0.01", "table3.4": "d_1 l2-2.5, attack linf0.5",
-             "table3.5": "d_1 l2-5.0, 50 random starts", "table3.6": "linf0.5: mean L2"}
-    values = {"table3.2": .99918, "table3.3": .99820, "table3.4": .99339, "table3.5": .99501, "table3.6": 5.65}
-    for table, key in names.items():
-        assert adv_detect.EXPERIMENTS[table].published["mnist"][key] == values[table]
+def test_published_numbers_meet_ours(tmp_path, write_npz, monkeypatch):
+    """At the source's settings the tables print every key that has a published number."""
+    monkeypatch.setattr(adv_detect.Lab, "detectors", lambda self, model: None)
+    monkeypatch.setattr(adv_detect.Lab, "auc", lambda self, H, a, ks, n, **how: ([0.5] * len(ks), n))
+    folder = write_npz("cifar10", 240)
+    for dataset, tables in (("mnist", ("table3.2", "table3.3", "table3.4", "table3.5")),
+                            ("cifar10", ("table3.7", "table3.8", "table3.9", "table3.10"))):
+        if dataset == "mnist":
+            folder = write_npz("mnist", 240, 28, False)
+        lab = lab_of(tmp_path, "--dataset", dataset, "--data-dir", folder, "--models", "all", "--train-steps", 0,
+                     "--check-steps", 0, "--restarts", 50 if dataset == "mnist" else 10)
+        for table in tables:
+            e = adv_detect.EXPERIMENTS[table]
+            assert e.published[dataset] and set(e.published[dataset]) <= set(e.function(lab)), table
+    spot = {("table3.2", "d_2 l2-5.0, 2000 x 0.05"): .99918, ("table3.3", "d_1 linf0.5, 200 x 0.01"): .99820,
+            ("table3.4", "d_1 l2-2.5, attack linf0.5"): .99339, ("table3.5", "d_1 l2-5.0, 50 random starts"): .99501,
+            ("table3.6", "linf0.5: mean L2"): 5.65}
+    for (table, key), value in spot.items():
+        assert adv_detect.EXPERIMENTS[table].published["mnist"][key] == value
     assert len(adv_detect.EXPERIMENTS["table3.4"].published["mnist"]) == 32
+
+
+def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monkeypatch):
+    """Success: misread and above T. Made-up logits say which class an image is of; one detector is high."""
+    lab = lab_of(tmp_path, "--pairs", 30, "--chunk", 2)
+    x, y = lab.others(range(10), 3, apart=True)
+    assert x.shape == (10, 3, 1, 28, 28) and not (y == torch.arange(10)[:, None]).any()
+    flat = x.flatten(0, 1).flatten(1)
+    assert len(flat.unique(dim=0)) == 30                                        # no image twice
+    of, index = lab.splits["test"]
+    known = {tuple(row.tolist()): int(label) for row, label in zip(of.take(index).flatten(1), of.y[index])}
+    assert [known[tuple(row.tolist())] for row in flat] == y.flatten().tolist()
+    judged = []
+
+    def smallest(z, broken, x0, a, rounds, c_max):
+        assert c_max == 8.0 and a.norm == "2" and a.eps == math.inf
+        judged.append((x0, broken(x0)))
+        return torch.where(judged[-1][1], 2.0, math.inf)
+    monkeypatch.setattr(adv_detect, "smallest_perturbation", smallest)
+    lab.made["linf0.3"] = SimpleNamespace(K=10, each=None), None
+    truth = {tuple(row.tolist()): label for row, label in zip(flat, y.flatten().tolist())}
+
+    def logits(net, x):
+        """Clean test images: 1. Of the pairs: read as the class behind theirs if the label is even; some low."""
+        if len(x) > 100:
+            return torch.ones(len(x), 10)
+        labels = torch.tensor([truth[tuple(row.tolist())] for row in x.flatten(1)])
+        z = F.one_hot((labels + (labels % 2 == 0)) % 10, 10) * torch.where(labels < 6, 3.0, 0.5)[:, None]
+        return z - 1e-3
+    monkeypatch.setattr(adv_detect, "logits", logits)
+    rows = adv_detect.table_3_6(lab)
+    expected = ((y % 2 == 0) & (y < 6)).float().mean().item()                   # read wrongly, and above T = 1
+    assert rows["n"] == 30 and rows["linf0.3: T of TPR .95"] == 1.0
+    assert rows["linf0.3: FPR"] == pytest.approx(expected) and 0 < expected < 1 and rows["linf0.3: mean L2"] == 2.0
+    assert len(judged) == 2
+
+
+def test_untuned_reports_what_the_tuned_attacks_missed(tmp_path, monkeypatch):
+    lab = lab_of(tmp_path)
+    lab.__dict__["f"], made_up = None, iter([[.97, .99], [.98, .98], [.96, .97], [.95, .99], [.99, .90], [.99, .99]])
+    monkeypatch.setattr(adv_detect.Lab, "detectors", lambda self, model: None)
+    monkeypatch.setattr(adv_detect.Lab, "auc", lambda self, H, a, ks, n, **how: (next(made_up), n))
+    rows = adv_detect.untuned(lab)
+    assert rows["d_1 linf0.3, APGD"] == 0.95 and rows["d_2 linf0.3, random search"] == 0.90
+    assert rows["d_1 linf0.3, untuned below tuned by"] == pytest.approx(0.02)
+    assert rows["d_2 linf0.3, untuned below tuned by"] == pytest.approx(0.08)
 
 
 @pytest.mark.parametrize("argv, says", [
     (["--models", "linf0.4"], "linf0.4"), (["--only", "table3.8", "--models", "linf0.3"], "norm 2"),
-    (["--only", "table3.12"], "table3.12"), (["--batch", "0"], "batch"), (["--net", "lenet"], "lenet"),
-    (["--width", "0.001"], "width"), (["--images", "-3"], "-3")])
+    (["--only", "figure3.2", "--models", "l2-2.5"], "norm inf"), (["--only", "table3.12"], "table3.12"),
+    (["--batch", "0"], "batch"), (["--net", "lenet"], "lenet"), (["--net", "unet"], "unet"), (["--width", "0.001"], "width"),
+    (["--images", "-3"], "-3"), (["--augment", "rotate"], "crop_flip"), (["--finetune", "2"], "finetune")])
 def test_bad_input_ends_in_one_line(outcome, tmp_path, argv, says):
     code, err = outcome(adv_detect, *argv, "--budget", "smoke", "--out", tmp_path / "out")
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1
@@ -625,8 +689,13 @@ def test_other_settings_than_the_checkpoint_s_are_refused(outcome, tmp_path):
     assert outcome(adv_detect, *argv)[0] == 0
     code, err = outcome(adv_detect, *argv, "--lr", "0.01")
     assert code == 2 and "lr 0.0005 (now 0.01)" in err
-    code, err = outcome(adv_detect, *argv, "--images", "14")                    # evaluation may change
-    assert code == 0
+    assert outcome(adv_detect, *argv, "--images", "14")[0] == 0                 # evaluation may change
+    argv[argv.index("table3.1")] = "figure3.2"
+    assert outcome(adv_detect, *argv)[0] == 0
+    results = tmp_path / "adv_detect-glyphs" / "results.json"
+    before = results.read_text()
+    code, err = outcome(adv_detect, *argv[:-2], "table3.2", "figure3.2", "--f-iters", "5", "--device", "cpu")
+    assert code == 2 and "iterations 3 (now 5)" in err and results.read_text() == before  # said before table3.2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
