@@ -152,11 +152,11 @@ class Settings:
 
 
 new, PAPER = dataclasses.replace, Settings()
-GLYPHS = new(PAPER, width=0.25, models="linf0.3", updates=500, batch=16, train_steps=20, val_images=60,
-             val_every=100, f_iters=400, at_iters=600, at_steps=10, images=500, long=200, restarts=10,
+GLYPHS = new(PAPER, width=0.25, models="linf0.3", updates=750, batch=16, train_steps=20, val_images=60,
+             val_every=150, f_iters=400, at_iters=600, at_steps=10, images=500, long=200, restarts=10,
              pairs=200, rounds=10, search_steps=200)
 MNIST = new(PAPER, models="linf0.3", updates=1200, train_steps=20, val_images=100, val_every=300,
-            f_iters=2000, at_iters=1500, at_steps=10, images=1000, long=300, restarts=10, pairs=200,
+            f_iters=2000, at_iters=1500, at_steps=10, images=500, long=200, restarts=10, pairs=200,
             rounds=10, search_steps=300)
 CIFAR = new(PAPER, net="madry_wrn", updates=40_000, batch=30, lr=1e-3, finetune=1, augment="crop_flip",
             val_every=500, val_images=1000, f_iters=80_000, f_sgd=0.1, f_batch=128, at_iters=80_000,
@@ -269,7 +269,7 @@ def detector_loss(z_f, z_H, y):
 
 def combined_loss(z_f, z_H, y):
     """Eq. 3.33, 3.34; first maximum over {y, K + 1}."""
-    rejected = (1 - best_other(z_H, y)) * z_f.amax(1)                                # z_g of class K + 1
+    rejected = (1 - best_other(z_H, y)) * z_f.amax(1)                           # z_g of class K + 1
     return torch.maximum(own_logit(z_f, y), rejected) - best_other(z_f, y)
 
 
@@ -514,8 +514,8 @@ class Lab:
         return a.within(self.s.train_steps), check.within(self.s.check_steps)
 
     def figure_attack(self, name):
-        """The first (l_inf) model and its detectors; the attack of a figure."""
-        model = (self.of_norm("inf") or self.models)[0]
+        """The first l_inf model, its detectors, and the attack of a figure."""
+        model = self.of_norm("inf")[0]
         return model, self.detectors(model), self.source[name].within(self.s.check_steps)
 
     def images(self, split, index):
@@ -660,8 +660,8 @@ def table_3_3(lab):
 def table_3_4(lab):
     """Every model under every model's attack: cross-norm, cross-eps. Also Tab. 3.9."""
     rows = {}
-    for other in lab.setups:
-        for model in lab.models:
+    for model in lab.models:
+        for other in lab.setups:
             rows |= auc_rows(lab, model, lab.attacks(other)[1], f"attack {other}")
     return rows
 
@@ -737,29 +737,26 @@ def figure_3_2(lab, name="figure3.2"):
         k = {"integrated": z_f.argmax(1), "generative": z_H.argmax(1)}
         return {way: (own_logit(z_H, k), k != y) for way, k in k.items()}
     clean = judged(*lab.test_images(None))
+    found = {attack: judged(attack_by_name(lab, attack, H, x, y, a), y) for attack in ATTACKS}
     rows = {"n": len(x), "attack": f"{model}, {in_words(lab, a)}"}
-    for way, (z, misread) in clean.items():
-        rows |= rate(f"natural acc, {way}", ~misread) | {f"T of TPR .95, {way}": threshold(z, 0.95)}
+    for way, (z_clean, misread) in clean.items():
+        rows |= rate(f"natural acc, {way}", ~misread)
+        for tpr in (0.95, 0.99):
+            T = rows[f"T of TPR {tpr}, {way}"] = threshold(z_clean, tpr)
+            fpr = [rate(f"FPR at TPR {tpr}, {way}, {attack}", verdict[way][1] & (verdict[way][0] >= T))
+                   for attack, verdict in found.items()]
+            rows |= functools.reduce(dict.__or__, fpr)
+            rows[f"FPR at TPR {tpr}, {way}, strongest"] = max(next(iter(row.values())) for row in fpr)
+        for attack, verdict in found.items():
+            rows[f"misread, {way}, {attack}"] = verdict[way][1].float().mean().item()
+
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), sharey=True, layout="constrained")
-    strongest = {}
-    for attack in ATTACKS:
-        found = judged(attack_by_name(lab, attack, H, x, y, a), y)
-        for way, (z, misread) in found.items():
-            for tpr in (0.95, 0.99):
-                accepted = misread & (z >= threshold(clean[way][0], tpr))
-                key, old = f"FPR at TPR {tpr}, {way}, strongest attack", strongest.get((way, tpr))
-                strongest[way, tpr] = rate(key, accepted) if old is None else max(
-                    old, rate(key, accepted), key=lambda r: r[key])
-                rows |= rate(f"FPR at TPR {tpr}, {way}, {attack}", accepted) if tpr == 0.95 else {}
-            rows[f"misread, {way}, {attack}"] = misread.float().mean().item()
-            if way == "integrated" or attack == "detector (3.32)":
-                T = torch.cat([clean[way][0], z]).unique()
-                tpr, fpr = (share.cpu() for share in detection_rates(clean[way][0], z, misread, T))
-                for axis in axes:
-                    axis.plot(fpr, tpr, label=f"{way}, {attack}", ls="-" if way == "integrated" else "--",
-                              color=None if way == "integrated" else "black")
-    for row in strongest.values():
-        rows |= row
+    lines = [("integrated", attack, {}) for attack in ATTACKS]
+    for way, attack, style in (*lines, ("generative", "detector (3.32)", {"color": "black", "ls": "--"})):
+        z_clean, (z, misread) = clean[way][0], found[attack][way]
+        tpr, fpr = detection_rates(z_clean, z, misread, torch.cat([z_clean, z]).unique())
+        for axis in axes:
+            axis.plot(fpr.cpu(), tpr.cpu(), label=f"{way}, {attack}", **style)
     axes[0].set(xlabel="FPR", ylabel="TPR", ylim=(0, 1.02), xlim=(-0.02, 1.02))
     axes[1].set(xlabel="FPR, enlarged", xlim=(-0.002, 0.1))
     axes[0].legend(fontsize=7, loc="lower right")
@@ -774,7 +771,7 @@ def targeted(lab, H, x, a):
 
 
 def reading(lab, x):
-    """Share of x [K, n, C, S, S] that the natural classifier f, not attacked, reads as class k of row k."""
+    """Whether f, which was not attacked, reads x [K, n, C, S, S] as class k in row k: bool [K n]."""
     found = logits(lab.f, x.flatten(0, 1)).argmax(1).view(x.shape[:2])
     return (found == torch.arange(len(x), device=x.device)[:, None]).flatten()
 
@@ -795,7 +792,7 @@ def figure_3_3(lab, name="figure3.3"):
     found = targeted(lab, H, x.expand(H.K, *x.shape), a)
     truth = torch.arange(H.K, device=x.device).repeat(3).expand(H.K, -1)
     other = (truth != torch.arange(H.K, device=x.device)[:, None]).flatten()
-    rows = {"n": int(other.sum()), "attack": f"{in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
+    rows = {"n": int(other.sum()), "attack": f"{model}, {in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
     for of, images in found.items():
         rows |= rate(f"f, not attacked, reads the target, {of}", reading(lab, images)[other])
     grids(lab, name, {f"{of}: clean, then targets 0 to {H.K - 1}": torch.cat([x[None], images])[:, :H.K]
@@ -822,7 +819,7 @@ def figure_3_6(lab):
     model, H, a = lab.figure_attack("figure3.6")
     x = class_gaussians(lab, 20)
     found = {"seeds": x, **targeted(lab, H, x, a)}
-    rows = {"n": x.shape[0] * x.shape[1], "attack": f"{in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
+    rows = {"n": len(x) * x.shape[1], "attack": f"{model}, {in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
     for name, images in found.items():
         rows |= rate(f"f, not attacked, reads the class, {name}", reading(lab, images))
     grids(lab, "figure3.6", {name: images[:, :8] for name, images in found.items()})

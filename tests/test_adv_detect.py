@@ -513,7 +513,7 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(adv_detect, "logits", logits)
     rows = adv_detect.figure_3_2(lab)
     T = sorted((values[i, y[i]].item() for i in range(20)), reverse=True)[18]
-    assert rows["T of TPR .95, integrated"] == pytest.approx(T) and rows["natural acc, integrated"] == 1
+    assert rows["T of TPR 0.95, integrated"] == pytest.approx(T) and rows["natural acc, integrated"] == 1
     by_hand = sum(z["adv"][i, 1].item() >= T and y[i] != 1 for i in range(20)) / 20
     assert rows["FPR at TPR 0.95, integrated, combined (3.35)"] == pytest.approx(by_hand)
     T = sorted(values.amax(1).tolist(), reverse=True)[18]
