@@ -1680,6 +1680,11 @@ def own_randomness(function):
     return wrapped
 
 
+def shown(value):
+    """A number in a table: four digits, five of an AUC that is nearly 1."""
+    return f"{value:.{5 if 0.99 < value < 1 else 4}g}" if isinstance(value, float) else str(value)
+
+
 class Run:
     """One run's folder OUT/SCRIPT-DATASET: config.json, log*.csv, checkpoints, pictures, results.json."""
 
@@ -1737,7 +1742,7 @@ class Run:
         for name, entry in entries.items():
             for key, value in entry["ours"].items():
                 if isinstance(value, (int, float)) or isinstance(value, str) and key != "sentence":
-                    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+                    text = shown(value)
                     if interval := entry["ours"].get(f"{key}, 95 %"):
                         text += " [{:.2f}, {:.2f}]".format(*interval)
                     print(f"{name:12} {key:52} {text:>20} {str(entry['published'].get(key, '')):>12}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import common
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
 OWN = {"main", "get_args"}
@@ -113,13 +115,14 @@ def measured():
                 published = entry["published"]
                 numbers = {k: v for k, v in entry["ours"].items()
                            if k in published or not isinstance(v, (str, list))}
-                if name == "sweep" or name.startswith("figure") and len(numbers) > 13:
+                curve = name.startswith("figure") and len(numbers) > 13 and file.stem[:10] != "adv_detect"
+                if name == "sweep" or curve:
                     continue  # a curve's points: results/ has them, and their picture
                 for key in [*numbers, *(k for k in published if k not in numbers)]:
                     ours = numbers.get(key, "")
                     interval = entry["ours"].get(f"{key}, 95 %")
                     cells = (f"{name} ({entry['seconds']:.0f})", key.replace("|", "&#124;"),
-                             (f"{ours:.4g}" if isinstance(ours, float) else str(ours)) +
+                             common.shown(ours) +
                              (" [{:.2f}, {:.2f}]".format(*(max(v, 0) for v in interval)) if interval else ""), published.get(key, ""))
                     lines.append("| " + " | ".join(map(str, cells)) + " |")
             lines.append("")
