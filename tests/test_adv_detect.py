@@ -262,6 +262,15 @@ def test_torchattacks_finds_the_same(exact):
         assert tried.sum() >= 4 and (found - start)[tried].mean() > 0.95 * (reached - start)[tried].mean()
 
 
+@pytest.mark.parametrize("adam", [True, False])
+def test_bfloat16_gradients_attack_as_well(adam):
+    net, x = small_nets(1)[0], torch.rand(20, 1, 28, 28)
+    a = Attack("inf", 0.1, 10, 0.02, adam)
+    with torch.no_grad():
+        gain = [(net(minimise(lambda x: -net(x)[:, 0], x, a, fast=fast)) - net(x)).mean() for fast in (True, False)]
+    assert gain[0] > 0.1 and gain[0] == pytest.approx(gain[1].item(), rel=0.03)
+
+
 def test_apgd_finds_the_optimum_that_fixed_steps_miss(exact):
     x0, target = torch.full((1, 2, 1, 3, 3), 0.5), torch.rand(1, 2, 1, 3, 3) * 0.3 + 0.4
     seen = []
@@ -519,6 +528,7 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
     T = sorted(values.amax(1).tolist(), reverse=True)[18]
     by_hand = sum(z["adv"][i].max().item() >= T and z["adv"][i].argmax() != y[i] for i in range(20)) / 20
     assert rows["FPR at TPR 0.95, generative, detector (3.32)"] == pytest.approx(by_hand)
+    assert rows["FPR at TPR 0.95, generative, strongest"] == rows["FPR at TPR 0.95, generative, joint"] == pytest.approx(by_hand)
     assert rows["misread, generative, detector (3.32)"] == pytest.approx((z["adv"].argmax(1) != y).float().mean().item())
     assert (lab.run.folder / "figure3.2.png").exists()
 
