@@ -750,7 +750,7 @@ def figure_3_2(lab, name="figure3.2"):
         for attack, verdict in found.items():
             rows |= rate(f"misread, {way}, {attack}", verdict[way][1])
 
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     lines = [("integrated", attack, {}) for attack in ATTACKS]
     for way, attack, style in (*lines, ("generative", "detector (3.32)", {"color": "black", "ls": "--"})):
         z_clean, (z, misread) = clean[way][0], found[attack][way]
@@ -758,7 +758,7 @@ def figure_3_2(lab, name="figure3.2"):
         for axis in axes:
             axis.plot(fpr.cpu(), tpr.cpu(), label=f"{way}, {attack}", **style)
     axes[0].set(xlabel="FPR", ylabel="TPR", ylim=(0, 1.02), xlim=(-0.02, 1.02))
-    axes[1].set(xlabel="FPR, enlarged", xlim=(-0.002, 0.1))
+    axes[1].set(xlabel="FPR", title="enlarged", ylim=(0.9, 1.003), xlim=(-0.01, 0.5))
     axes[0].legend(fontsize=7, loc="lower right")
     lab.run.save(figure, name)
     return rows
