@@ -153,7 +153,7 @@ class Settings:
 
 new, PAPER = dataclasses.replace, Settings()
 GLYPHS = new(PAPER, width=0.25, models="linf0.3", updates=750, batch=16, train_steps=20, val_images=60,
-             val_every=150, f_iters=400, at_iters=2000, at_steps=10, images=500, long=200, restarts=10,
+             val_every=150, f_iters=400, at_iters=4000, at_steps=10, images=500, long=200, restarts=10,
              pairs=200, rounds=10, search_steps=200)
 MNIST = new(PAPER, models="linf0.3", updates=1200, train_steps=20, val_images=100, val_every=300,
             f_iters=2000, at_iters=1500, at_steps=10, images=500, long=200, restarts=10, pairs=200,
