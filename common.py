@@ -997,21 +997,20 @@ class GroupedLinear(nn.Module):
     def __init__(self, groups, c_in, c_out):
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(torch.zeros(groups * c_out, c_in))
+        self.weight = nn.Parameter(torch.zeros(groups, c_out, c_in))  # not a view: autocast keeps a copy
         self.bias = nn.Parameter(torch.zeros(groups * c_out))
 
     def forward(self, x):
-        x = x.unflatten(1, (self.groups, -1)).transpose(0, 1)                            # [groups, B, c_in]
-        weight = self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        return (x @ weight).transpose(0, 1).flatten(1) + self.bias
+        x = x.unflatten(1, (self.groups, -1)).permute(1, 2, 0)                  # [groups, c_in, B]
+        return (self.weight @ x).permute(2, 0, 1).flatten(1) + self.bias
 
 
 def side_by_side(nets):
     """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
 
     A convolution of K networks is one convolution in K groups. Every tensor of the result's state_dict is
-    that of the K networks laid end to end (torch.cat), so part_of() takes them apart again. Convolutions
-    are plain ones: no dilation. BatchNorm: in eval mode.
+    that of the K networks laid end to end, so part_of() takes them apart again. Convolutions are plain
+    ones: no dilation. BatchNorm: in eval mode.
     """
     K, wide = len(nets), copy.deepcopy(nets[0])
     for parent in list(wide.modules()) if K > 1 else ():
@@ -1029,15 +1028,16 @@ def side_by_side(nets):
             elif next(m.parameters(recurse=False), None) is not None:
                 raise TypeError(f"side_by_side: no way to group a {type(m).__name__}")
     states = [net.state_dict() for net in nets]
-    wide.load_state_dict({key: torch.cat([state[key] for state in states]) if value.dim() else value
-                          for key, value in states[0].items()})
+    wide.load_state_dict({key: torch.cat([state[key] for state in states]).view_as(value) if value.dim()
+                          else states[0][key] for key, value in wide.state_dict().items()})
     wide.train(nets[0].training)
     return wide.to(next(nets[0].parameters()).device, memory_format=torch.channels_last)
 
 
 def part_of(wide, K, k, net):
     """The k-th (from 0) of the K networks that side_by_side() joined, as its weights for `net`, filled in."""
-    net.load_state_dict({key: value.chunk(K)[k] if value.dim() else value
+    own = net.state_dict()
+    net.load_state_dict({key: value.chunk(K)[k].reshape(own[key].shape) if value.dim() else value
                          for key, value in wide.state_dict().items()})
     return net
 
