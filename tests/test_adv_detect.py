@@ -640,7 +640,7 @@ def test_published_numbers_meet_ours(tmp_path, write_npz, monkeypatch):
 
 def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monkeypatch):
     """Success: misread and above T. Made-up logits say which class an image is of; one detector is high."""
-    lab = lab_of(tmp_path, "--pairs", 30, "--chunk", 2)
+    lab = lab_of(tmp_path, "--pairs", 30, "--chunk", 2, "--images", 2000)
     x, y = lab.others(range(10), 3, apart=True)
     assert x.shape == (10, 3, 1, 28, 28) and not (y == torch.arange(10)[:, None]).any()
     flat = x.flatten(0, 1).flatten(1)
@@ -659,9 +659,9 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
     truth = {tuple(row.tolist()): label for row, label in zip(flat, y.flatten().tolist())}
 
     def logits(net, x):
-        """Clean test images: 1. Of the pairs: read as the class behind theirs if the label is even; some low."""
-        if len(x) > 100:
-            return torch.ones(len(x), 10)
+        """Clean test images: T is 1. Of the pairs: read as the class behind theirs if the label is even; some low."""
+        if len(x) == 2000:                                                      # 0 of 100, 1 of 900, 5 of 1,000
+            return torch.cat([torch.zeros(100, 10), torch.ones(900, 10), torch.full((1000, 10), 5.0)])
         labels = torch.tensor([truth[tuple(row.tolist())] for row in x.flatten(1)])
         z = F.one_hot((labels + (labels % 2 == 0)) % 10, 10) * torch.where(labels < 6, 3.0, 0.5)[:, None]
         return z - 1e-3
