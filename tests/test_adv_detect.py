@@ -100,9 +100,12 @@ def test_madry_s_network_standardises_and_widens():
     faint = torch.zeros(1, 1, 2, 2)
     faint[0, 0, 0, 0] = 1e-4                                                    # deviation below 1 / (255 * 2)
     assert common.Standardise()(faint).max() == pytest.approx((1e-4 * 0.75) * 255 * 2, rel=1e-4)
-    short = common.Widen(2, 5, 2)
-    y = short(x[:, :2])
     assert common.MadryBlock(4, 4, 2, False)(torch.rand(2, 4, 8, 8)).shape == (2, 4, 4, 4)
+    for early in (True, False):                                                 # body at 0: the shortcut alone
+        block, y = common.MadryBlock(2, 4, 1, early).eval(), torch.randn(2, 2, 8, 8)
+        nn.init.zeros_(block.body[-1].weight)
+        assert torch.equal(block(y)[:, 1:3], block.before(y) if early else y)
+    y = common.Widen(2, 5, 2)(x[:, :2])
     assert y.shape == (2, 5, 4, 4) and torch.equal(y[:, 1:3], F.avg_pool2d(x[:, :2], 2))
     assert y[:, [0, 3, 4]].abs().max() == 0
 
