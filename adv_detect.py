@@ -1,366 +1,348 @@
 r"""Detecting adversarial examples with one robust detector for each class.
 
-Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.2 ("the dissertation").
+Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.2.
 
-The idea. An image that a classifier reads as class k is either of class k, or of another class and attacked.
-So train for every class k a binary detector d_k to tell clean images of k from ATTACKED images of all others,
-and attack d_k itself while it learns: what its attacker finds is what it learns to refuse. An image is
-accepted if the detector of its predicted class says so. The logit of d_k turns out to rank images of class k
-so well that no classifier is needed: the class with the highest logit is the prediction, and the same logit
-decides.
+An adversarial example is an image that was changed so little that nobody sees it, and so cleverly that a
+classifier f misreads it. What f reads as class k is therefore an image of class k, or an attacked image of
+another class. A detector d_k is a network that tells these two apart, one for each class. While it learns,
+the other images are attacked anew in every update, and the attack aims at d_k itself: what the attacker finds
+is what d_k learns to refuse. The detectors rank images so well that no f is needed: the class of the highest
+logit is the prediction, and the same logit decides whether the image is accepted.
 
-    z_k(x) logit of d_k, HIGH = clean and of class k. Pixels in [0, 1]; eps and steps too. Classes are counted
-    from 0 in code: the source's d_1, d_2 are the detectors of classes 0 and 1
+Attacks are PGD (projected gradient descent): steps from the image down the gradient of a loss, each projected
+back into a ball around the image. eps is its radius in l_inf (largest change of a pixel) or l_2 (length).
 
-    (3.23)   min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)]
-             L: logistic loss. The attacker climbs z_k. An update: 32 images of k, 32 attacked others
-    (3.31)   z_H(x) = (z_1(x), ..., z_K(x));   (3.27)   H(x) = argmax_k z_H(x)_k
-    Integrated detection: k = f(x), accepted if z_H(x)_k >= T. Generative detection: the same with k = H(x)
-    (3.28)   TPR: share of CLEAN images that are accepted, rightly read or not
-    (3.29)   FPR: share of ALL attacked images that are misread AND accepted; one T for all classes
-    Attacks, untargeted, minimise a loss of x' = x + delta by PGD from the image itself:
-    (3.30)   classifier: z_f(x')_y - max_{i != y} z_f(x')_i
-    (3.32)   detector: -max_{i != y} z_H(x')_i. Also the adaptive attack on generative detection
-    (3.34)   combined: max(z_f(x')_y, (1 - max_{j != y} z_H(x')_j) max_j z_f(x')_j) - max_{i != y} z_f(x')_i
-    (3.35)   combined: (3.30) while f reads x' as y, else (3.32); decided anew at every step, by image
-    joint    not in the source: -max_{i != y} min(z_f(x')_i - z_f(x')_y, z_H(x')_i)
-    AUC of d_k: probability that a clean image of class k scores above an attacked other one; ties one half
+    z_k(x): logit of d_k, HIGH = clean and of class k. Pixels, eps, steps: in [0, 1]. d_1 is that of class 0.
+    (3.23)  min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)], L: logistic
+    (3.27)  z_H(x) = (z_1(x), ..., z_K(x)) (3.31), H(x) = argmax_k z_H(x)_k. Integrated detection: k = f(x),
+            accepted if z_H(x)_k >= T. Generative detection: the same with k = H(x).
+    (3.28)  TPR (true positive rate): share of CLEAN images that are accepted, rightly read or not.
+    (3.29)  FPR (false positive rate): share of ALL attacked images that are misread AND accepted.
+    AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
 
-The K detectors are one network: their layers stand side by side, a convolution of K networks being one
-convolution in K groups (common.side_by_side). Nothing passes between them: each learns what it would alone.
+Commands (two cores; all numbers: results/adv_detect.md):
+    python adv_detect.py                               4 min: AUC of d_1 .993, of d_2 1.00 under l_inf .3
+    python adv_detect.py --only table3.4 --models all  9 min: four models under each other's attacks
+    python adv_detect.py --dataset mnist               45 min: AUC of d_1 .998 (source: .9996)
+    python adv_detect.py --dataset cifar10             a GPU; --budget paper: the source's settings
 
-Commands (measured times and numbers stand in README.md and results/):
-    python adv_detect.py                               rendered digits, nothing to download
-    python adv_detect.py --only table3.4 --models all  the four models of Tab. 3.1 under each other's attacks
-    python adv_detect.py --only untuned                attacks that nothing here was tuned against
-    python adv_detect.py --dataset mnist               the l_inf .3 model; --models all for all four
-    python adv_detect.py --dataset cifar10             one GPU; --list: all experiments
-
-How to read the log (log-MODEL.csv): loss of Eq. 3.23, log 2 = .693 at the start; auc and worst: AUC in the
-batch, mean and worst detector; z_pos, z_neg: logits of clean and of attacked images.
-
-Differs from the source:
-  - The attacker climbs the logit, not the loss: the same maximum, and a sure detector's gradient is not lost.
-  - 32 + 32 images of each detector in every update (code: what a shuffled batch of 320 happens to hold).
-  - CIFAR-10: the best weights are chosen on a validation split, as for MNIST (code: on test images), and AUCs
-    go by label (code: by what f predicts). Radii are in [0, 1]: l_inf 8 there is 8/255 here.
-  - Eq. 3.34's first maximum is over {y, K + 1}, as in the code: over all classes, the loss is flat once f is
-    fooled. FPR counts float logits with >= (code: cut to whole numbers, >).
-  - Smallest perturbations (Tab. 3.6) follow the code, as the text has one sentence. One rule of success for
-    all data sets: misread and accepted. Each detector is the target of as many images of other classes.
-  - f and the robust softmax classifier: Adam, one cycle to 1e-3 (source: 5e-4); CIFAR-10: SGD, crops of
-    pad 4, drops at 40 and 60 %. linf2's training attack is nowhere said: that of its evaluation.
-  - quick budgets attack in fewer, longer steps in training (--train-steps), and use fewer images, the fewest
-    for 2,000 steps and for restarts; n is stated. Glyphs are not in the source.
-  - Updates and attack gradients in bfloat16 where the processor has units for it, reported scores always in
-    float32: bfloat16 logits tie, and an AUC of .9995 would be made of ties.
+The log: loss of Eq. 3.23, .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
+Differs: the attacker climbs the logit, not the loss: the same maximum, and no vanishing gradient. CIFAR-10's
+network is WRN-34-10 (source: Madry's variant of it); its best weights are chosen on validation images, as
+MNIST's are (code: on test images). The first maximum of (3.34) is over {y, K + 1}, as in the code; over all
+classes the loss is flat once f is fooled. Table 3.6 follows the code. l_inf 8 is 8/255.
 """
-import contextlib
+
 import copy
-import dataclasses
-import functools
 import math
-import time
+from functools import partial
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import Experiment, Run, UserError, fast_precision, load_images, rate
+from common import Training, UserError, fast_precision, follow, frozen_copy
+from common import input_gradient, once, rate, repeat, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
 
+SETTINGS = common.settings(
+    columns=("glyphs", "mnist fashion_mnist", "cifar10",
+             "mnist-paper fashion_mnist-paper", "cifar10-paper"),
+    smoke=dict(width=0.1, updates=3, batch=2, train_steps=2, check_steps=2, val_images=4,
+               f_iters=3, at_iters=2, images=12, few=6, restarts=2),
+    models=("linf0.3", "linf0.3", "linf8,l2-80", "all", "all", "of Tab. 3.1, with commas; or all"),
+    width=(0.25, 1.0, 0.25, 1.0, 1.0, "of all networks; 1: the source's"),
+    updates=(750, 1200, 300, 15_600, 40_000, "of the detectors"),
+    batch=(16, 32, 30, 32, 30, "images of its class, and as many attacked ones, for each detector"),
+    train_steps=(20, 20, 10, 0, 0, "steps of the attack in training; 0: the source's"),
+    check_steps=(200, 200, 0, 200, 0, "the same in evaluation; 0: as the source has it in training"),
+    val_images=(60, 100, 100, 8000, 1000, "attacked validation images of each detector"),
+    f_iters=(400, 2000, 6000, 18_750, 80_000, "updates of f"),
+    at_iters=(4000, 1500, 3000, 30_000, 80_000, "updates of the robust softmax classifier"),
+    images=(500, 500, 1000, 10_000, 10_000, "test images under attack"),
+    few=(200, 200, 300, 10_000, 10_000, "of these, in table 3.6, under very long attacks and with restarts"),
+    restarts=(10, 10, 10, 50, 10, "random starts of table 3.5"),
+)
 
-class Attack(NamedTuple):
+class Steps(NamedTuple):
     """A PGD attack; eps and step in [0, 1] units."""
-    norm: str                    # inf or 2
+    norm: str  # inf or 2
     eps: float
     steps: int
     step: float
-    adam: bool = True            # Adam on delta, else signs (inf) or normalised gradients (2)
-    box_first: bool = True       # the box [0, 1] before the ball; CIFAR-10: behind it
-
+    adam: bool = True  # else signs of gradients (inf), or gradients of length 1 (2)
     def within(self, steps):
-        """In this many steps (0: as it is). l_inf: as long altogether; an l_2 step is as long as before."""
-        longer = self.steps / steps if steps and self.norm == "inf" else 1
-        return self._replace(steps=steps or self.steps, step=self.step * longer)
-
+        """In this many steps (0: as it is). Fewer l_inf steps are longer; l_2 steps cross the ball anyway."""
+        steps = steps or self.steps
+        longer = max(self.steps / steps, 1) if self.norm == "inf" else 1
+        return self._replace(steps=steps, step=self.step * longer)
 
 def plain(norm, eps, steps, step):
     """An attack on CIFAR-10, whose source counts pixels from 0 to 255."""
-    return Attack(norm, eps / 255, steps, step / 255, adam=False, box_first=False)
+    return Steps(norm, eps / 255, steps, step / 255, False)
 
-
-GREY = {"models": {  # name: attack in training, in validation. Tab. 3.1
-            "linf0.3": (Attack("inf", 0.3, 100, 0.01), Attack("inf", 0.3, 200, 0.01)),
-            "linf0.5": (Attack("inf", 0.5, 100, 0.01), Attack("inf", 0.5, 200, 0.01)),
-            "l2-2.5": (Attack("2", 2.5, 100, 0.1), Attack("2", 2.5, 200, 0.1)),
-            "l2-5.0": (Attack("2", 5.0, 200, 0.1), Attack("2", 5.0, 200, 0.1))},
-        "figure3.2": Attack("inf", 0.3, 100, 0.1),                              # Adam; so long in the code
-        "figure3.3": Attack("inf", 0.4, 100, 0.01),
-        "figure3.6": Attack("2", 15, 60, 0.25, adam=False),  # CIFAR-10's, by the root of the number of pixels
-        "table3.6": Attack("2", math.inf, 500, 0.1), "c_max": 8.0,  # code until 2020; then 1000 x 1
-        "robust": Attack("inf", 0.3, 40, 0.01, adam=False)}
-COLOUR = {"models": {
-              "linf8": (plain("inf", 8, 40, 0.5), plain("inf", 8, 40, 0.5)),    # sec. 3.2.3
-              "l2-80": (plain("2", 80, 20, 10), plain("2", 80, 20, 10)),
-              "linf2": (plain("inf", 2, 10, 0.5), plain("inf", 2, 10, 0.5))},   # Tab. 3.10
-          "figure3.2": plain("inf", 8, 20, 2), "figure3.3": plain("inf", 12, 30, 2),
-          "figure3.6": plain("2", 30 * 255, 60, 0.5 * 255),
-          "table3.6": plain("2", math.inf, 100, 25.6), "c_max": 255.0 ** 2,     # 1 where pixels go to 255
-          "robust": plain("inf", 8, 7, 2)}
-
-
-@dataclasses.dataclass
-class Settings:
-    """Everything that can be set; each field is also a flag. Defaults: MNIST, full size."""
-    net: str = "mnist_cnn"       # of detectors and classifiers: mnist_cnn, madry_wrn
-    width: float = 1.0           # multiplies its channels
-    models: str = "all"          # of Tab. 3.1, with commas: linf0.3,l2-2.5 (CIFAR-10: linf8,l2-80,linf2)
-    updates: int = 15_600        # of the detectors; 100 epochs
-    batch: int = 32              # images of its class, and as many attacked ones, for each detector
-    lr: float = 5e-4             # of Adam; fine-tuning: of SGD
-    finetune: int = 0            # 1: detectors start as the classifier's logits, BatchNorm frozen, SGD
-    train_steps: int = 0         # steps of attacks in training, 0: as the source has it (Attack.within)
-    check_steps: int = 0         # the same for attacks in validation and evaluation
-    augment: str = "none"        # crop_flip: pad 2, crop, flip
-    val_images: int = 8000       # attacked validation images of each detector
-    val_every: int = 1560        # updates from one validation to the next
-    f_iters: int = 18_750        # updates of the classifier f; 10 epochs of batch 32
-    f_sgd: float = 0.0           # rate of SGD; 0: Adam
-    f_batch: int = 32
-    at_iters: int = 30_000       # updates of the robust softmax classifier
-    at_batch: int = 50
-    at_steps: int = 0            # of its attack, like train_steps
-    images: int = 10_000         # test images that are attacked; 20 times as many clean ones give thresholds
-    long: int = 10_000           # of them under attacks of more than 500 steps, and with restarts
-    restarts: int = 50           # Tab. 3.5
-    pairs: int = 10_000          # of an image and a target, for the smallest perturbations (Tab. 3.6)
-    rounds: int = 20             # of bisection
-    search_steps: int = 0        # of one round, like train_steps
-    chunk: int = 500             # images (of each detector) that are attacked as one batch
-
-    def __post_init__(self):
-        common.at_least(1, self, *"updates batch val_images val_every f_iters f_batch at_iters images long "
-                        "restarts pairs rounds chunk".split())
-        if self.augment not in ("none", "crop_flip") or self.finetune not in (0, 1):
-            raise UserError("--augment is none or crop_flip, --finetune 0 or 1")
-        self.long = min(self.long, self.images)
-
-
-new, PAPER = dataclasses.replace, Settings()
-GLYPHS = new(PAPER, width=0.25, models="linf0.3", updates=750, batch=16, train_steps=20, val_images=60,
-             val_every=150, f_iters=400, at_iters=4000, at_steps=10, images=500, long=200, restarts=10,
-             pairs=200, rounds=10, search_steps=200)
-MNIST = new(PAPER, models="linf0.3", updates=1200, train_steps=20, val_images=100, val_every=300,
-            f_iters=2000, at_iters=1500, at_steps=10, images=500, long=200, restarts=10, pairs=200,
-            rounds=10, search_steps=300)
-CIFAR = new(PAPER, net="madry_wrn", updates=40_000, batch=30, lr=1e-3, finetune=1, augment="crop_flip",
-            val_every=500, val_images=1000, f_iters=80_000, f_sgd=0.1, f_batch=128, at_iters=80_000,
-            at_batch=128, restarts=10, chunk=100)
-CIFAR_QUICK = new(CIFAR, width=0.25, models="linf8,l2-80", updates=300, train_steps=10, val_images=100,
-                  val_every=100, f_iters=6000, at_iters=3000, images=1000, long=300, pairs=200, rounds=10)
-
-
-def at_each_budget(quick, paper):
-    """The three budgets of a data set."""
-    tiny = dict(width=0.1, updates=3, batch=2, train_steps=2, check_steps=2, val_images=4, val_every=2,
-                f_iters=3, f_batch=8, at_iters=2, at_steps=1, images=12, long=6, restarts=2, pairs=10,
-                rounds=2, search_steps=3, chunk=7)
-    return {"smoke": new(quick, **tiny), "quick": quick, "paper": paper}
-
-
-SETTINGS = {"glyphs": at_each_budget(GLYPHS, new(PAPER, updates=5000)), "mnist": at_each_budget(MNIST, PAPER),
-            "fashion_mnist": at_each_budget(MNIST, PAPER), "cifar10": at_each_budget(CIFAR_QUICK, CIFAR)}
-OF_TRAINING = "net width updates batch lr finetune augment val_images val_every".split()
+MODELS = {  # by the number of colours: attacks in training. Tab. 3.1; sec. 3.2.3 and Tab. 3.10
+    1: {
+        "linf0.3": Steps("inf", 0.3, 100, 0.01),
+        "linf0.5": Steps("inf", 0.5, 100, 0.01),
+        "l2-2.5": Steps("2", 2.5, 100, 0.1),
+        "l2-5.0": Steps("2", 5.0, 200, 0.1),
+    },
+    3: {
+        "linf8": plain("inf", 8, 40, 0.5),
+        "l2-80": plain("2", 80, 20, 10),
+        "linf2": plain("inf", 2, 10, 0.5),
+    },
+}
+OTHERS = {  # the attacks of figures, of table 3.6, and in the training of the robust softmax classifier
+    1: {
+        "figure3.2": Steps("inf", 0.3, 100, 0.1),  # norm and eps are the model's
+        "figure3.3": Steps("inf", 0.4, 100, 0.01),
+        "figure3.6": Steps("2", 15, 60, 0.25, False),
+        "table3.6": Steps("2", 1000, 500, 0.1),
+        "robust": Steps("inf", 0.3, 40, 0.01, False),
+    },
+    3: {
+        "figure3.2": plain("inf", 8, 20, 2),
+        "figure3.3": plain("inf", 12, 30, 2),
+        "figure3.6": plain("2", 7650, 60, 127.5),
+        "table3.6": plain("2", 255_000, 100, 25.6),
+        "robust": plain("inf", 8, 7, 2),
+    },
+}
 
 # --- the detectors ------------------------------------------------------------------------------------------
 
+def network(outputs, shape, width, device):
+    """In eval mode. For grey images the source's network, for coloured ones a wide ResNet as large."""
+    if shape[0] == 3:
+        net = common.WideResNet(34, 10 * width, outputs)
+    else:
+        net = common.make_net("mnist_cnn", outputs, shape, width)
+    return net.to(device).eval()
 
 class Detectors(nn.Module):
-    """K networks with one output each, side by side: z_H of Eq. 3.31."""
-
+    """K networks with one output each, side by side: z_H of Eq. 3.31. Always in eval mode."""
     def __init__(self, nets):
         super().__init__()
         self.K, self.nets = len(nets), common.side_by_side(nets)
 
     def forward(self, x):
-        """Every detector on every image: [n, C, S, S] -> [n, K]."""
-        return self.nets(x.repeat(1, self.K, 1, 1))
-
-    def each(self, x):
-        """Each detector on images of its own: [K, n, C, S, S] -> [K, n]."""
+        """All on each image [n, C, S, S] -> [n, K]; or each on its own images [K, n, C, S, S] -> [K, n]."""
+        if x.dim() == 4:
+            return self.nets(x.repeat(1, self.K, 1, 1))
         return self.nets(x.transpose(0, 1).flatten(1, 2)).T
-
 
 # --- the attack ---------------------------------------------------------------------------------------------
 
-IMAGE = (-3, -2, -1)
-
-
 def length(x):
     """l_2 length of each image [..., C, S, S] -> [..., 1, 1, 1]."""
-    return torch.linalg.vector_norm(x, dim=IMAGE, keepdim=True)
+    return torch.linalg.vector_norm(x, 2, (-3, -2, -1), True)
 
+def project(x, x0, a):
+    """x [..., C, S, S] back into [0, 1], then into the ball of radius a.eps around x0, which is in [0, 1]."""
+    delta = x.clamp(0, 1) - x0
+    if a.norm == "inf":
+        return x0 + delta.clamp(-a.eps, a.eps)
+    return x0 + delta * (a.eps / length(delta).clamp(min=a.eps))
 
-def project(x, x0, norm, eps, box_first=True):
-    """x [..., C, S, S] back into the box [0, 1] and the ball of radius eps around x0."""
-    if box_first:
-        x = x.clamp(0, 1)
-    if norm == "inf":
-        x = torch.minimum(torch.maximum(x, x0 - eps), x0 + eps)
-    elif eps < math.inf:
-        x = x0 + (x - x0) * (eps / length(x - x0).clamp(min=max(eps, 1e-12)))
-    return x if box_first else x.clamp(0, 1)
+def scattered(x0, a):
+    """Random start in the ball, not clipped: uniform in the cube; l_2: a direction, its length uniform."""
+    if a.norm == "inf":
+        return x0 + a.eps * (2 * torch.rand_like(x0) - 1)
+    radius = a.eps * torch.rand_like(x0[..., :1, :1, :1])
+    return x0 + radius * direction(torch.randn_like(x0), a.norm)
 
+def direction(gradient, norm):
+    """Signs (inf), or the gradient at length 1 (2). A gradient of 0 moves nothing."""
+    return gradient.sign() if norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
 
-def scattered(x0, norm, eps):
-    """Random start of training and restarts, not clipped to the box: uniform in the cube (inf); a random
-    direction, its length uniform in [0, eps] (2)."""
-    if norm == "inf":
-        return x0 + eps * (2 * torch.rand_like(x0) - 1)
-    direction = torch.randn_like(x0)
-    return x0 + direction / length(direction) * eps * torch.rand_like(x0[..., :1, :1, :1])
+def attack_step(state, loss, x0, a, *about):
+    """A step of PGD down loss(x, *about). state: images x; Adam's means m and v, and number of steps t."""
+    x, m, v, t = state
+    gradient = input_gradient(lambda x: loss(x, *about), x)
+    t = t + 1
+    m = 0.9 * m + 0.1 * gradient
+    v = 0.999 * v + 0.001 * gradient.square()
+    if a.adam:
+        move = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    else:
+        move = direction(gradient, a.norm)
+    return project(x - a.step * move, x0, a), m, v, t
 
-
-def minimise(loss, x0, a, start=None, fast=True):
-    """PGD: images near x0 [..., C, S, S] whose loss(x) [...] is low; the last of a.steps steps from `start`
-    (default: x0). Adam's state is fresh in every call. A plain step with a zero gradient moves nothing.
-    fast: gradients in bfloat16 where the processor has units for it.
-    """
-    if x0.min() < 0 or x0.max() > 1:
-        raise ValueError(f"an attack wants images in [0, 1]; got [{x0.min():.3g}, {x0.max():.3g}]")
-    x, m, v = (x0 if start is None else start).detach(), 0.0, 0.0
-    with torch.enable_grad(), fast_precision(x0.device) if fast else contextlib.nullcontext():
-        for t in range(1, a.steps + 1):
-            x.requires_grad_(True)
-            gradient, = torch.autograd.grad(loss(x).float().sum(), x)
-            if a.adam:
-                m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient.square()
-                move = m / (1 - 0.9 ** t) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8)
-            else:
-                move = gradient.sign() if a.norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
-            x = project(x.detach() - a.step * move, x0, a.norm, a.eps, a.box_first)
-    return x.detach()
-
+def minimise(loss, x0, a, start, *about):
+    """PGD: a.steps from `start` to images near x0 [..., C, S, S] whose loss(x, *about) [...] is low."""
+    if not 0 <= x0.min() <= x0.max() <= 1:
+        raise ValueError("an attack wants images in [0, 1]")
+    t = torch.zeros((), dtype=torch.float64, device=x0.device)
+    return repeat(attack_step, (start, 0 * x0, 0 * x0, t), a.steps, loss, x0, a, *about)[0]
 
 def best_other(z, y):
     """Largest logit of a class other than y: [n, K], [n] -> [n]."""
     return z.scatter(1, y[:, None], -math.inf).amax(1)
 
-
 def own_logit(z, y):
     """Logit of class y: [n, K], [n] -> [n]."""
     return z.gather(1, y[:, None])[:, 0]
 
-
-def classifier_loss(z_f, z_H, y):
-    """Eq. 3.30: negative once f is fooled. Logits [n, K], labels [n] -> [n]; likewise below."""
+def classifier_loss(x, f, H, y):
+    """Eq. 3.30: negative once f is fooled. Images x [n, C, S, S] of labels y [n] -> [n]; likewise below."""
+    z_f = f(x)
     return own_logit(z_f, y) - best_other(z_f, y)
 
+def detector_loss(x, f, H, y):
+    """Eq. 3.32: makes the detector of some wrong class sure. Also the attack on generative detection."""
+    return -best_other(H(x), y)
 
-def detector_loss(z_f, z_H, y):
-    """Eq. 3.32: makes the detector of some wrong class sure. Does not look at f."""
-    return -best_other(z_H, y)
+def combined_loss(x, f, H, y):
+    """Eq. 3.33 and 3.34; the first maximum is over {y, K + 1}, where class K + 1 means "attacked"."""
+    z_f = f(x)
+    attacked = (1 - best_other(H(x), y)) * z_f.amax(1)
+    return torch.maximum(own_logit(z_f, y), attacked) - best_other(z_f, y)
 
+def switching_loss(x, f, H, y):
+    """Eq. 3.35: (3.30) until f is fooled, then (3.32). Decided anew at every step, for each image."""
+    margin_f = classifier_loss(x, f, H, y)
+    return torch.where(margin_f < 0, detector_loss(x, f, H, y), margin_f)
 
-def combined_loss(z_f, z_H, y):
-    """Eq. 3.33, 3.34; first maximum over {y, K + 1}."""
-    rejected = (1 - best_other(z_H, y)) * z_f.amax(1)                           # z_g of class K + 1
-    return torch.maximum(own_logit(z_f, y), rejected) - best_other(z_f, y)
-
-
-def switching_loss(z_f, z_H, y):
-    """Eq. 3.35: fool f first, then the detector. The choice carries no gradient."""
-    fooled = own_logit(z_f, y).detach() < best_other(z_f, y).detach()
-    return torch.where(fooled, detector_loss(z_f, z_H, y), classifier_loss(z_f, z_H, y))
-
-
-def joint_loss(z_f, z_H, y):
+def joint_loss(x, f, H, y):
     """Not in the source: a class that f prefers to y and whose detector is sure; the lesser counts."""
-    return -best_other(torch.minimum(z_f - own_logit(z_f, y)[:, None], z_H), y)
+    z_f = f(x)
+    preferred = z_f - own_logit(z_f, y)[:, None]
+    return -best_other(torch.minimum(preferred, H(x)), y)
 
+LOSSES = {
+    "classifier (3.30)": classifier_loss,
+    "detector (3.32)": detector_loss,
+    "combined (3.34)": combined_loss,
+    "combined (3.35)": switching_loss,
+    "joint": joint_loss,
+}
 
-ATTACKS = {"classifier (3.30)": classifier_loss, "detector (3.32)": detector_loss,
-           "combined (3.34)": combined_loss, "combined (3.35)": switching_loss, "joint": joint_loss}
+def logit_loss(x, H):
+    """Makes each detector sure of its own images x [K, n, C, S, S] -> [K, n]."""
+    return -H(x)
+
+def softmax_loss(x, net):
+    """Makes a softmax classifier sure that images x[k] are of class k: [K, n, C, S, S] -> [K, n]."""
+    z = net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return -z.diagonal(0, 0, 2).T
+
+def label_loss(x, net, y):
+    """Takes images x [n, C, S, S] away from their labels: minus the cross-entropy [n]."""
+    with fast_precision(x.device):
+        z = net(x).float()
+    return -F.cross_entropy(z, y, reduction="none")
+
+def against(net, x, y, a):
+    """Images x of labels y attacked by PGD from a random start, in net's eval mode."""
+    training = net.training
+    net.eval()
+    x = minimise(label_loss, x, a, scattered(x, a), net, y)
+    net.train(training)
+    return x
+
+def near_loss(x, H, x0, c):
+    """Table 3.6: logit_loss + c |delta|^2, for c [K, n]."""
+    return c * (x - x0).square().sum((-3, -2, -1)) - H(x)
+
+def chosen(images, index):
+    """These images alone, in this order."""
+    return common.Images(images.x[index], images.y[index], images.name)
+
+def rows_of(images, inside):
+    """For each class the indices, on the CPU, of its images; or (inside = False) of all others."""
+    y = images.y.cpu()
+    return [((y == k) == inside).nonzero()[:, 0] for k in y.unique()]
+
+def together(images, rows, n):
+    """The first n images, or as many as each has, of lists of indices -> [K, n, C, S, S], labels [K, n]."""
+    n = min(n, *map(len, rows))
+    index = torch.stack([row[:n] for row in rows])
+    return images.take(index), images.y[index]
+
+def by_images(function, size, x, *tensors):
+    """function(x, ...) of parts of `size` images, joined; x [n, C, S, S], or [K, n, C, S, S] split at n."""
+    dim = x.dim() - 4
+    parts = [tensor.split(size, dim) for tensor in (x, *tensors)]
+    return torch.cat([function(*part) for part in zip(*parts)], dim)
+
+def draw(images, rows, batch, seed, t):
+    """Batch t of each list of indices -> [K, batch, C, S, S]; coloured images cropped and flipped."""
+    picked = []
+    for k, row in enumerate(rows):
+        picked.append(row[common.batch_index(len(row), batch, seed + 100 * k, t)])
+    x, _ = together(images, picked, batch)
+    if images.shape[0] == 1:
+        return x
+    return common.crop_flip(x.flatten(0, 1), seed + 101 * t, pad=2).view_as(x)
 
 # --- training: Eq. 3.23 -------------------------------------------------------------------------------------
 
+class Model(NamedTuple):
+    """Trained detectors: a row of Tab. 3.1."""
+    H: Detectors
+    fast: nn.Module  # a frozen copy, which attacks climb
+    auc: torch.Tensor  # of each detector in validation [K]
+    check: Steps  # attack in validation and evaluation
 
-def robust_loss(z_pos, z_neg):
-    """Eq. 3.23 of each detector: logits of clean and attacked images [K, n] -> [K]; mean of 2n terms."""
-    return (F.softplus(-z_pos).mean(1) + F.softplus(z_neg).mean(1)) / 2
+def keep_better(best, best_auc, H, scores):
+    """Copy into `best` the weights of each detector whose AUC is now at least best_auc [K], in place."""
+    for k, (clean, attacked) in enumerate(zip(*scores)):
+        auc = auroc(clean, attacked)
+        if auc >= best_auc[k]:
+            best_auc[k] = auc
+            for mine, its in zip(best.parameters(), H.parameters()):
+                mine.data.chunk(H.K)[k].copy_(its.data.chunk(H.K)[k])
 
+@seeded
+def train_detectors(run, s, name, a, check, build, f, train, validation):
+    """A row of Tab. 3.1 -> Model, each detector with its best weights. f: what they start as, or None."""
+    inside, outside = rows_of(train, True), rows_of(train, False)
+    nets = [build(1) for _ in inside]
+    for k, net in enumerate(nets if f else []):
+        net.body.load_state_dict(f.body.state_dict())
+        net.head.weight.data = f.head.weight[k : k + 1]
+        net.head.bias.data = f.head.bias[k : k + 1]
+    H = Detectors(nets)
+    best = copy.deepcopy(H)
+    best_auc = torch.zeros(H.K)
+    model = Model(H, frozen_copy(H), best_auc, check)
+    if f:
+        optimizer = torch.optim.SGD(H.parameters(), 1e-3, momentum=0.9, weight_decay=2e-4)
+    else:
+        optimizer = torch.optim.Adam(H.parameters(), 5e-4, fused=True)
+    made_from = {"H": H, "attacks": (a, check), "images": train, "validation": validation}
+    made_from.update(common.pick(s, "updates batch val_images"))
+    training = Training(
+        run, name, made_from, H=H, optimizer=optimizer, best=best, best_auc=best_auc
+    )
+    for it in training.updates(s.updates):
+        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)
+        x_neg = draw(train, outside, s.batch, run.seed, it - 1)
+        follow(model.fast, H)
+        x_adv = minimise(logit_loss, x_neg, a, scattered(x_neg, a), model.fast)
+        with fast_precision(run.device):
+            z_pos, z_neg = H(torch.cat([x_pos, x_adv], 1)).float().chunk(2, 1)  # [K, batch]
+        loss = (F.softplus(-z_pos).mean(1) + F.softplus(z_neg).mean(1)) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()  # not the mean: each detector gets the gradient that it would get alone
+        optimizer.step()
+        training.log(loss=loss.mean(), z_pos=z_pos.mean(), z_neg=z_neg.mean())
+        if it % max(s.updates // 5, 1) == 0:
+            follow(model.fast, H)
+            scores = attacked_scores(run, model, validation, check, s.val_images)
+            keep_better(best, best_auc, H, scores)
+    return model._replace(H=best, fast=frozen_copy(best))
 
-def train_step(H, optimizer, x_pos, x_neg, a):
-    """An update of each detector of H with its own images [K, n, C, S, S] -> logits [2, K, n], losses [K].
-
-    Losses are added, not averaged, over detectors: each gets the gradient that it would get alone.
-    """
-    x_adv = minimise(lambda x: -H.each(x), x_neg, a, scattered(x_neg, a.norm, a.eps))
-    with fast_precision(x_pos.device):
-        z_pos, z_neg = H.each(torch.cat([x_pos, x_adv], 1)).float().chunk(2, 1)
-    losses = robust_loss(z_pos, z_neg)
-    optimizer.zero_grad(set_to_none=True)
-    losses.sum().backward()
-    optimizer.step()
-    return torch.stack([z_pos, z_neg]).detach(), losses.detach()
-
-
-def new_detectors(lab):
-    """Untrained detectors and their optimiser; fine-tuned ones start as the classifier's logits."""
-    s, device = lab.s, lab.run.device
-    nets = [common.make_net(s.net, 1, lab.data.shape, s.width) for _ in range(lab.classes)]
-    if s.finetune:
-        for k, net in enumerate(nets):
-            weights = {key: v.clone() for key, v in lab.f.state_dict().items()}
-            weights |= {key: weights[key][k:k + 1] for key in ("head.weight", "head.bias")}
-            net.load_state_dict(weights)
-    H = Detectors(nets).to(device, memory_format=torch.channels_last).eval()  # BatchNorm frozen, for good
-    if not s.finetune:
-        return H, torch.optim.Adam(H.parameters(), s.lr, fused=True)
-    matrices = [p for name, p in H.named_parameters() if p.dim() > 1]
-    others = [p for name, p in H.named_parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 2e-4}, {"params": others}]
-    return H, torch.optim.SGD(groups, s.lr, momentum=0.9)
-
-
-@common.own_randomness
-def train_detectors(lab, model):
-    """The K detectors of a row of Tab. 3.1, each with the weights of its best validation AUC."""
-    s, run = lab.s, lab.run
-    H, optimizer = new_detectors(lab)
-    a, check = lab.attacks(model)
-    best, best_auc = copy.deepcopy(H), torch.zeros(H.K)
-    made_with = {k: getattr(s, k) for k in OF_TRAINING}
-    made_with |= {"model": model, "attacks": [list(a), list(check)], "seed": run.args.seed,
-                  "f": [s.f_iters, s.f_batch, s.f_sgd] if s.finetune else "none",
-                  "budget": run.args.budget, "data": [len(lab.data), *lab.data.shape]}
-    for it, row in common.updates(run, model, s.updates, made_with, {
-            "H": H, "optimizer": optimizer, "best": best, "best_auc": best_auc},
-            ("loss", "auc", "worst", "z_pos", "z_neg"), max(s.val_every // 4, 1), s.val_every):
-        x_pos, x_neg = lab.draw(it - 1)
-        z, losses = train_step(H, optimizer, x_pos, x_neg, a)
-        aucs = [auroc(*pair) for pair in z.transpose(0, 1)]
-        row |= {"loss": losses.mean().item(), "auc": sum(aucs) / H.K, "worst": min(aucs),
-                "z_pos": z[0].mean().item(), "z_neg": z[1].mean().item()}
-        if it % s.val_every == 0 or it == s.updates:
-            found = lab.auc(H, check, range(H.K), s.val_images, "validation")[0]
-            for k in range(H.K):
-                if found[k] >= best_auc[k]:                                     # of equals the later one
-                    best_auc[k] = found[k]
-                    for mine, its in zip(best.state_dict().values(), H.state_dict().values()):
-                        if mine.dim():
-                            mine.chunk(H.K)[k].copy_(its.chunk(H.K)[k])
-            print(f"  validation AUC: mean {sum(found) / H.K:.5f}, worst {min(found):.5f}", flush=True)
-    return best, best_auc
-
-
-# --- metrics ------------------------------------------------------------------------------------------------
-
+def first_two(model, build):
+    """The model with d_1 and d_2 alone, of which most tables speak."""
+    nets = [common.part_of(model.H.nets, model.H.K, k, build(1)) for k in (0, 1)]
+    H = Detectors(nets)
+    return model._replace(H=H, fast=frozen_copy(H))
 
 def auroc(positive, negative):
     """Probability that an in-distribution score [P] ranks above an out-distribution one [N]; ties: half."""
@@ -369,585 +351,298 @@ def auroc(positive, negative):
     up_to = torch.searchsorted(ordered, positive, right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
-
-def threshold(z, tpr):
-    """The largest T that accepts (z >= T) at least this share of the logits z [n] of clean images."""
-    return z.sort(descending=True).values[math.ceil(tpr * len(z)) - 1].item()
-
-
-def detection_rates(z_clean, z_adv, misread, T):
-    """Eq. 3.28, 3.29 at thresholds T [m]: logits of clean [n], attacked [N] images -> TPR [m], FPR [m]."""
-    below = [torch.searchsorted(z.sort().values, T) for z in (z_clean, z_adv[misread])]  # z < T
-    return 1 - below[0] / len(z_clean), (int(misread.sum()) - below[1]) / len(z_adv)
-
-
 @torch.no_grad()
 def logits(net, x):
-    """A network's outputs for images [n, C, S, S] in float32, in batches of 250."""
-    return torch.cat([net(part) for part in x.split(250)])
+    """Float32 outputs for images [n, C, S, S], or of detectors for [K, n, C, S, S]."""
+    return by_images(net, 250, x)
 
+@seeded
+def attacked_scores(run, model, images, a, n, starts=0, method=minimise, loss=logit_loss):
+    """Logits of clean images of each class [K, P], and of n attacked others, the best of `starts`, [K, n]."""
+    K = model.H.K
+    def attacked(x0):
+        tried = []
+        for _ in range(starts or 1):
+            start = scattered(x0, a) if starts else x0
+            tried.append(logits(model.H, method(loss, x0, a, start, model.fast)))
+        return torch.stack(tried).amax(0)
+    x_pos, _ = together(images, rows_of(images, True)[:K], len(images))
+    x_neg, _ = together(images, rows_of(images, False)[:K], n)
+    return logits(model.H, x_pos), by_images(attacked, run.chunk // K + 1, x_neg)
 
-def smallest_perturbation(z, broken, x0, a, rounds, c_max):
-    """l_2 length of the shortest delta found, inf where none: x0 [..., C, S, S] -> [...].
+def detect(f, H, x, y):
+    """The logit that decides about images x [n, C, S, S]; which are misread. Generative detection: f is H."""
+    k = logits(f, x).argmax(1)
+    return own_logit(logits(H, x), k), k != y
 
-    Minimises -z(x) + c |delta|^2; bisects c for each image: larger after a success, starting at 0.
-    broken(x) -> bool [...]: what counts as success.
-    """
-    low, c = torch.zeros(x0.shape[:-3], device=x0.device), torch.zeros(x0.shape[:-3], device=x0.device)
-    high, best = torch.full_like(low, c_max), torch.full_like(low, math.inf)
-    for _ in range(rounds):
-        x = minimise(lambda x: c * (x - x0).square().sum(IMAGE) - z(x), x0, a)
-        success, size = broken(x), length(x - x0)[..., 0, 0, 0]
-        best = torch.where(success, torch.minimum(best, size), best)
-        low, high = torch.where(success, c, low), torch.where(success, high, c)
-        c = (low + high) / 2
-    return best
+def threshold(z, tpr):
+    """Eq. 3.28: the largest T that accepts at least this share of clean images; z [n] is what decides."""
+    return z.sort(descending=True).values[math.ceil(tpr * len(z)) - 1].item()
 
-
-# --- attacks that nothing was tuned against -----------------------------------------------------------------
-
-
-def apgd(loss, x0, a):
-    """Auto-PGD (Croce and Hein 2020): the best of a.steps images; chooses its own steps, a.step is not used.
-
-    x0 [..., C, S, S]. Momentum 3/4. The step starts at 2 eps; at checkpoints it is halved, and the search
-    goes back to the best image, where the loss fell too rarely, or neither it nor the step changed.
-    """
-    x, moved, fell, before = x0, torch.zeros_like(x0), 0.0, None
-    step = torch.full_like(x0[..., :1, :1, :1], 2 * a.eps)
-    period = at = max(round(0.22 * a.steps), 1)
-    with torch.enable_grad():
-        for t in range(a.steps):
-            x = x.detach().requires_grad_(True)
-            value = loss(x)
-            gradient, = torch.autograd.grad(value.sum(), x)
-            x, value = x.detach(), value.detach()[..., None, None, None]
-            if t == 0:
-                best, best_x, best_gradient, last = value, x, gradient, (value, step)
-            else:
-                fell = fell + (value < before)
-                better = value < best
-                best, best_x = torch.where(better, value, best), torch.where(better, x, best_x)
-                best_gradient = torch.where(better, gradient, best_gradient)
-            before = value
-            if t == at:
-                stuck = (fell <= 0.75 * period) | ((step == last[1]) & (best >= last[0]))
-                last, fell = (best, step), 0.0
-                step = torch.where(stuck, step / 2, step)
-                x, gradient = torch.where(stuck, best_x, x), torch.where(stuck, best_gradient, gradient)
-                period = max(period - round(0.03 * a.steps), round(0.06 * a.steps), 1)
-                at += period
-            way = gradient.sign() if a.norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
-            z = project(x - step * way, x0, a.norm, a.eps)
-            push = 0.75 if t else 1.0
-            z = project(x + push * (z - x) + (1 - push) * moved, x0, a.norm, a.eps)
-            x, moved = z, z - x
-    return best_x
-
+def smallest_perturbation(model, T, a, c_max, x0, y):
+    """Least l_2 length that makes x0[k] of labels y[k] misread and accepted, inf where none does: [K, n]."""
+    c = 0.0 * y
+    sizes = []
+    for i in range(20):  # c is bisected, from 0 on: up after a success, else down
+        x = minimise(near_loss, x0, a, x0, model.fast, x0, c)
+        z, misread = detect(model.H, model.H, x.flatten(0, 1), y.flatten())
+        broken = (misread & (z >= T)).view_as(y)
+        sizes.append(torch.where(broken, length(x - x0)[..., 0, 0, 0], math.inf))
+        c = (c + torch.where(broken, c_max, -c_max) / 2 ** (i + 1)).clamp(min=0)
+    return torch.stack(sizes).amin(0)
 
 @torch.no_grad()
-def random_search(loss, x0, a):
-    """Black box, after the square attack (Andriushchenko et al. 2020): a random square of each image gets
-    delta of a random sign; kept where loss(x) falls. x0 [..., C, S, S]; a.steps queries an image."""
-    place, lead = torch.arange(x0.shape[-1], device=x0.device), x0.shape[:-3]
-
-    def signs(*shape):
-        return 2.0 * torch.randint(0, 2, (*lead, x0.shape[-3], *shape), device=x0.device) - 1
-    height = a.eps if a.norm == "inf" else a.eps / math.sqrt(x0.shape[-3:].numel())
-    x = project(x0 + height * signs(1, len(place)), x0, a.norm, a.eps)          # stripes
-    best = loss(x)
+def apgd(loss, x0, a, start, *about):
+    """Auto-PGD (Croce and Hein 2020) in place of minimise(): the best image; a.step is not used."""
+    x = best_x = start
+    step = last_step = torch.full_like(x0[..., :1, :1, :1], 2 * a.eps)
+    best = step + math.inf
+    before = step - math.inf
+    fell = 0
+    period = checkpoint = max(round(0.22 * a.steps), 1)
     for t in range(a.steps):
-        size = max(round(len(place) * math.sqrt(0.4 * (1 - t / a.steps) ** 2)), 1)
-        row, column = torch.randint(0, len(place) - size + 1, (2, *lead, 1, 1, 1), device=x0.device)
-        square = ((place[:, None] >= row) & (place[:, None] < row + size)
-                  & (place >= column) & (place < column + size))                # [..., 1, S, S]
-        height = a.eps if a.norm == "inf" else a.eps / size
-        trial = project(torch.where(square, x0 + height * signs(1, 1), x), x0, a.norm, a.eps)
-        value = loss(trial)
-        better = value < best
-        x, best = torch.where(better[..., None, None, None], trial, x), torch.where(better, value, best)
-    return x
+        now = loss(x, *about)[..., None, None, None]
+        fell = fell + (now < before)
+        best_x = torch.where(now < best, x, best_x)
+        best = torch.minimum(best, now)
+        before = now
+        if t == checkpoint:  # halve steps that no longer help, and go back to the best image
+            stuck = (fell <= 0.75 * period) | ((step == last_step) & (best >= last_best))
+            last_best = best
+            last_step = step
+            fell = 0
+            step = torch.where(stuck, step / 2, step)
+            x = torch.where(stuck, best_x, x)
+            period = max(period - round(0.03 * a.steps), round(0.06 * a.steps), 1)
+            checkpoint += period
+        gradient = input_gradient(lambda x: loss(x, *about), x)
+        z = project(x - step * direction(gradient, a.norm), x0, a)
+        if t == 0:
+            last_best, moved = best, z - x
+        z = project(x + 0.75 * (z - x) + 0.25 * moved, x0, a)  # momentum
+        x, moved = z, z - x
+    return best_x
 
+# --- tables and figures -------------------------------------------------------------------------------------
 
-class Lab:
-    """What the experiments share: images by class, the classifiers, the detectors of each row of Tab. 3.1."""
+def auc_rows(run, pairs, images, n, title, change=None, **how):
+    """Rows of AUCs under each model's attack, or change(it). how: as in attacked_scores()."""
+    rows = []
+    for name, model in pairs.items():
+        a = change(model.check) if change else model.check
+        scores = attacked_scores(run, model, images, a, n, **how)
+        for k, (clean, attacked) in enumerate(zip(*scores)):
+            row = value(
+                f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), n=len(attacked)
+            )
+            rows.append({**row, "steps": a.steps, "step": a.step})
+    return rows
 
-    def __init__(self, args):
-        self.args, self.s, self.made = args, args.settings, {}
-        data, test = (load_images(args.dataset, split, args.data_dir).to(args.device)
-                      for split in ("train", "test"))
-        self.data = data
-        self.classes = common.IN_MEMORY[args.dataset][2]
-        self.source = COLOUR if data.shape[0] == 3 else GREY
-        self.setups = self.source["models"]
-        self.unit = 255 if data.shape[0] == 3 else 1                            # of steps in names
-        self.models = list(self.setups) if self.s.models == "all" else self.s.models.split(",")
-        for name in self.models:
-            if name not in self.setups:
-                raise UserError(f"--models {name}: unknown; known: all, {', '.join(self.setups)}")
-        for name in args.only:
-            norm = "2" if name == "table3.8" else "inf"
-            if (name == "table3.8" or name == "table3.7" or "figure" in name) and not self.of_norm(norm):
-                raise UserError(f"{name} wants a model of norm {norm}; --models is {self.s.models}")
-        nets = [common.make_net(self.s.net, 1, data.shape, self.s.width) for _ in range(2)]
-        try:
-            Detectors(nets).each(torch.zeros(2, 1, *data.shape))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"--net {self.s.net}: cannot be a detector here ({error})") from None
-        order, shown = (common.shuffled(len(part), 123).to(args.device) for part in (data, test))
-        held = len(data) // 6
-        self.splits = {"train": (data, order[held:]), "validation": (data, order[:held]),
-                       "test": (test, shown)}
-        self.members = {(split, k, inside): index[(of.y[index] == k) == inside] for k in range(self.classes)
-                        for split, (of, index) in self.splits.items() for inside in (True, False)}
-        for (split, k, _), index in self.members.items():
-            if len(index) < (least := {"train": 2, "validation": 1, "test": 3}[split]):
-                raise UserError(f"{args.dataset}: class {k} needs {least} {split} images, has {len(index)}")
-        self.run = Run("adv_detect", args)
-
-    def of_norm(self, norm):
-        return [name for name in self.models if self.setups[name][0].norm == norm]
-
-    def attacks(self, model):
-        """A model's attacks in training and in validation."""
-        a, check = self.setups[model]
-        return a.within(self.s.train_steps), check.within(self.s.check_steps)
-
-    def figure_attack(self, name):
-        """The first l_inf model, its detectors, and the attack of a figure."""
-        model = self.of_norm("inf")[0]
-        return model, self.detectors(model), self.source[name].within(self.s.check_steps)
-
-    def images(self, split, index):
-        return self.splits[split][0].take(index)
-
-    def draw(self, t):
-        """Images of update t: of each class, and of the others, float32 [K, batch, C, S, S] twice."""
-        drawn, s = [], self.s
-        for inside in (True, False):
-            index = []
-            for k in range(self.classes):
-                members = self.members["train", k, inside]
-                i = common.batch_index(len(members), s.batch, self.args.seed + 100 * k + 50 * inside, t)
-                index.append(members[i.to(members.device)])
-            x = self.images("train", torch.cat(index))
-            if s.augment == "crop_flip":
-                x = common.crop_flip(x, self.args.seed + 2 * t + inside, pad=2)
-            drawn.append(x.unflatten(0, (self.classes, s.batch)))
-        return drawn
-
-    def others(self, ks, n, split="test", apart=False):
-        """The first n images that are not of class k (fewer where there are fewer), for each k of ks, and
-        their labels: [len(ks), n, C, S, S], [len(ks), n]. apart: no image twice."""
-        data, order = self.splits[split]
-        index = [part[data.y[part] != k] for k, part in zip(ks, order.chunk(len(ks)))] if apart else [
-            self.members[split, k, False] for k in ks]
-        n = min(n, *map(len, index))
-        index = torch.stack([i[:n] for i in index])
-        return self.images(split, index.flatten()).unflatten(0, index.shape), data.y[index].long()
-
-    def test_images(self, n):
-        """The first n test images (or all there are) and their labels."""
-        index = self.splits["test"][1][:n]
-        return self.images("test", index), self.splits["test"][0].y[index].long()
-
-    @functools.cached_property
-    @common.own_randomness
-    def f(self):
-        """The natural classifier."""
-        return self.classifier("f", self.s.f_iters, self.s.f_batch)
-
-    def against_robust(self, net, x, y):
-        """Images [n, C, S, S] of labels [n] whose cross-entropy is high for net: PGD of Madry et al."""
-        a, net = self.source["robust"].within(self.s.at_steps), net.eval()
-        return minimise(lambda x: -F.cross_entropy(net(x).float(), y, reduction="none"), x, a,
-                        scattered(x, a.norm, a.eps))
-
-    @functools.cached_property
-    @common.own_randomness
-    def robust(self):
-        """The softmax classifier trained on attacked images (Madry et al.)."""
-        made_with = {"attack": list(self.source["robust"].within(self.s.at_steps))}
-        return self.classifier("robust", self.s.at_iters, self.s.at_batch, self.against_robust, made_with)
-
-    def classifier(self, name, iterations, batch, adversary=None, made_with=None):
-        s = self.s
-        return common.train_classifier(self.run, self.data, self.classes, s.net, s.width, iterations, name,
-                                       s.f_sgd, batch, None, adversary, made_with)
-
-    def trained(self, model):
-        """The trained detectors of a model, and the validation AUC of each."""
-        if model not in self.made:
-            self.made[model] = train_detectors(self, model)
-        return self.made[model]
-
-    def detectors(self, model):
-        return self.trained(model)[0]
-
-    def only(self, H, ks):
-        """Only the detectors ks of H."""
-        nets = [common.make_net(self.s.net, 1, self.data.shape, self.s.width) for _ in ks]
-        nets = [common.part_of(H.nets, H.K, k, net) for k, net in zip(ks, nets)]
-        return Detectors(nets).to(self.run.device).eval()
-
-    @common.own_randomness
-    def auc(self, H, a, ks, n, split="test", starts=0, method=minimise):
-        """AUC of detectors ks of H under an attack on each of them, and how many images were attacked.
-
-        Positives: all clean images of the class (no more than there are attacked ones, in validation).
-        starts: that many random starts (0: the image itself), of which the attacker keeps the best.
-        """
-        ks = list(ks)
-        part, x = self.only(H, ks), self.others(ks, n, split)[0]
-        z = torch.full(x.shape[:2], -math.inf, device=x.device)
-        for i in torch.arange(x.shape[1]).split(self.s.chunk):
-            for _ in range(max(starts, 1)):
-                start = {"start": scattered(x[:, i], a.norm, a.eps)} if starts else {}
-                found = method(lambda x: -part.each(x), x[:, i], a, **start)
-                with torch.no_grad():
-                    z[:, i] = torch.maximum(z[:, i], part.each(found))          # float32
-        aucs = []
-        for k, negative in zip(ks, z):
-            members = self.members[split, k, True]
-            positive = logits(self.only(H, [k]), self.images(split, members[:n if split != "test" else None]))
-            aucs.append(auroc(positive[:, 0], negative))
-        return aucs, x.shape[1]
-
-
-# --- experiments --------------------------------------------------------------------------------------------
-
-
-def in_words(lab, a):
-    """Steps x step size of an attack; of CIFAR-10 in the source's units, 0 to 255."""
-    return f"{a.steps} x {a.step * lab.unit:.4g}"
-
-
-def table_3_1(lab):
+def table_3_1(models, setups):
     """The models: attacks in training and in validation, and what training reached."""
-    rows = {"detectors": lab.classes, "updates": lab.s.updates, "clean + attacked images": 2 * lab.s.batch}
-    for model in lab.models:
-        a, check = lab.attacks(model)
-        aucs = lab.trained(model)[1]
-        rows |= {f"{model}: training attack": in_words(lab, a),
-                 f"{model}: validation attack": in_words(lab, check),
-                 f"{model}: validation AUC, mean": aucs.mean().item(),
-                 f"{model}: validation AUC, worst": aucs.min().item()}
+    rows = []
+    for name, model in models.items():
+        for when, a in zip(("training", "validation"), setups[name]):
+            rows.append(value(f"{when} attack, {name}", f"{a.steps} x {a.step:.4g}"))
+        rows.append(value(f"validation AUC, mean, {name}", model.auc.mean().item()))
     return rows
 
+def short_and_long(run, s, pairs, test, adam):
+    """AUCs under each model's attack, and under ten times as many steps of half the size."""
+    rows = auc_rows(run, pairs, test, s.images, "PGD", lambda a: a._replace(adam=adam))
+    more = lambda a: a._replace(adam=adam, steps=10 * a.steps, step=a.step / 2)
+    return rows + auc_rows(run, pairs, test, s.few, "more and smaller steps", more)
 
-def auc_rows(lab, model, a, what, ks=(0, 1), n=None, **how):
-    """AUCs of detectors ks of a model; attacks of more than 500 steps and restarts on `long` images."""
-    n = n or (lab.s.long if a.steps > 500 or how.get("starts") else lab.s.images)
-    aucs, n = lab.auc(lab.detectors(model), a, ks, n, **how)
-    return {f"d_{k + 1} {model}, {what}": found for k, found in zip(ks, aucs)} | {f"n, {what}": n}
+def table_3_2(run, s, pairs, test):
+    """AUC of d_1 and d_2 under PGD with Adam."""
+    return short_and_long(run, s, pairs, test, True)
 
+def table_3_3(run, s, pairs, test):
+    """The same under sign steps (l_inf models) and normalised ones (l_2 models)."""
+    return short_and_long(run, s, pairs, test, False)
 
-def table_3_2(lab, adam=True):
-    """AUC of the first two detectors under 200 steps, and ten times as many of half the size."""
-    rows = {}
-    for model in lab.models:
-        check = lab.attacks(model)[1]
-        for a in (check, check._replace(steps=10 * check.steps, step=check.step / 2)):
-            rows |= auc_rows(lab, model, a._replace(adam=adam), in_words(lab, a))
+def table_3_4(run, s, pairs, test, setups):
+    """Every model under every model's attack. CIFAR-10: Tab. 3.9."""
+    rows = []
+    for other, (_, a) in setups.items():
+        rows += auc_rows(run, pairs, test, s.images, f"attack {other}", lambda _: a)
     return rows
 
+def table_3_5(run, s, pairs, test):
+    """The attack from the image itself, and from random starts. CIFAR-10: Tab. 3.10."""
+    rows = auc_rows(run, pairs, test, s.few, "fixed start")
+    return rows + auc_rows(run, pairs, test, s.few, "random starts", starts=s.restarts)
 
-def table_3_3(lab):
-    """The same under sign (inf) and normalised-gradient (2) steps."""
-    return table_3_2(lab, adam=False)
-
-
-def table_3_4(lab):
-    """Every model under every model's attack: cross-norm, cross-eps. Also Tab. 3.9."""
-    rows = {}
-    for model in lab.models:
-        for other in lab.setups:
-            rows |= auc_rows(lab, model, lab.attacks(other)[1], f"attack {other}")
+def table_3_6(run, s, models, test, source):
+    """Mean l_2 length of the smallest perturbations that are misread and accepted. CIFAR-10: Tab. 3.11."""
+    rows = []
+    c_max = 65025.0 if test.shape[0] == 3 else 8.0  # the code's; 1 where pixels go to 255
+    for name, model in models.items():
+        K = model.H.K
+        targets = []
+        for k, part in enumerate(torch.arange(len(test)).chunk(K)):  # no image twice
+            targets.append(part[test.y[part].cpu() != k])
+        x, y = together(test, targets, max(s.few // K, 1))
+        z_clean = logits(model.H, test.take(slice(None))).amax(1)
+        search = partial(
+            smallest_perturbation, model, threshold(z_clean, 0.95), source["table3.6"], c_max
+        )
+        size = by_images(search, run.chunk // K + 1, x, y)
+        found = size.isfinite()
+        mean = size[found].mean().item()
+        rows.append(value(f"mean l_2 of the smallest perturbation, {name}", mean))
+        rows.append(rate(f"FPR, {name}", found))
     return rows
 
+SWEEPS = (  # Tab. 3.7, Tab. 3.8: norm, steps, the length of a step as a share of eps
+    ("inf", "few long steps", 20, 1 / 4),
+    ("inf", "PGD", 40, 1 / 16),
+    ("inf", "more and smaller steps", 200, 1 / 80),
+    ("inf", "more steps", 200, 1 / 16),
+    ("inf", "most steps", 500, 1 / 16),
+    ("2", "few long steps", 20, 1 / 8),
+    ("2", "more and smaller steps", 50, 1 / 16),
+)
 
-def table_3_5(lab):
-    """d_1 under one attack from the image, and under random restarts. Also Tab. 3.10."""
-    rows = {}
-    for model in lab.models:
-        a = lab.attacks(model)[1]
-        rows |= auc_rows(lab, model, a, "fixed start", ks=[0], n=lab.s.long)
-        rows |= auc_rows(lab, model, a, f"{lab.s.restarts} random starts", ks=[0], starts=lab.s.restarts)
+def table_3_7(run, s, pairs, test):
+    """More and smaller plain steps. l_2 models: Tab. 3.8."""
+    rows = []
+    for norm, title, steps, share in SWEEPS:
+        alike = {name: model for name, model in pairs.items() if model.check.norm == norm}
+        steps = 2 if run.smoke else steps
+        change = lambda a: Steps(norm, a.eps, steps, share * a.eps, False)
+        rows += auc_rows(run, alike, test, s.images, title, change)
     return rows
 
-
-def table_3_6(lab):
-    """Mean l_2 length of the smallest perturbations that are misread and accepted. Also Tab. 3.11."""
-    s, rows, a = lab.s, {}, lab.source["table3.6"].within(lab.s.search_steps)
-    for model in lab.models:
-        H = lab.detectors(model)
-        T = threshold(logits(H, lab.test_images(20 * lab.s.images)[0]).amax(1), 0.95)
-        x, y = lab.others(range(H.K), max(s.pairs // H.K, 1), apart=True)       # [K, n, C, S, S], [K, n]
-
-        def broken(x, y):
-            z = logits(H, x.flatten(0, 1)).unflatten(0, y.shape)                # [K, n, K]
-            return (z.argmax(2) != y) & (z.amax(2) >= T)
-        size = torch.cat([smallest_perturbation(
-            H.each, functools.partial(broken, y=labels), part, a, s.rounds, lab.source["c_max"]).flatten()
-            for part, labels in zip(x.split(s.chunk, 1), y.split(s.chunk, 1))])
-        rows |= {"n": len(size), f"{model}: T of TPR .95": T,
-                 f"{model}: mean L2": size[size.isfinite()].mean().item()}
-        rows |= rate(f"{model}: FPR", size.isfinite())
+def figure_3_2(run, s, f, models, test, source):
+    """FPR against TPR of integrated and generative detection under every attack. CIFAR-10: Fig. 3.4."""
+    model = next(iter(models.values()))
+    fast = frozen_copy(f)
+    a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
+    x, y = test.take(slice(0, s.images)), test.y[: s.images]
+    attacked = {}
+    for title, loss in LOSSES.items():
+        attack = lambda x, y: minimise(loss, x, a, x, fast, model.fast, y)
+        attacked[title] = by_images(attack, run.chunk // model.H.K + 1, x, y)
+    rows = []
+    for way, net in (("integrated", f), ("generative", model.H)):
+        z_clean, misread = detect(net, model.H, test.take(slice(None)), test.y)
+        rows.append(rate(f"natural acc, {way}", ~misread))
+        for title, images in attacked.items():
+            z, misread = detect(net, model.H, images, y)
+            for tpr in (0.9, 0.95, 0.98, 0.99, 1.0):
+                broken = misread & (z >= threshold(z_clean, tpr))
+                rows.append(rate(f"FPR, {way}, {title}", broken, tpr=tpr))
+    run.lines("figure3.2", rows, "tpr")
     return rows
 
-
-def table_3_7(lab, norm="inf"):
-    """d_1 and d_2 of the l_inf models under more and smaller steps; sizes as shares of eps on grey sets."""
-    sweeps = {"inf": ((20, 1 / 4), (40, 1 / 16), (200, 1 / 80), (200, 1 / 16), (500, 1 / 16)),
-              "2": ((20, 1 / 8), (50, 1 / 16))}
-    rows = {}
-    for model in lab.of_norm(norm):
-        a = lab.attacks(model)[1]._replace(adam=False)
-        for steps, share in sweeps[norm]:
-            b = a._replace(steps=steps, step=a.eps * share).within(lab.s.check_steps)
-            rows |= auc_rows(lab, model, b, in_words(lab, b))
+def towards(run, name, f, robust, models, x, a):
+    """Images x[k] attacked towards class k, by the detectors and by a softmax classifier: does f read k?"""
+    model = next(iter(models.values()))
+    generative = minimise(logit_loss, x, a, x, model.fast)
+    softmax = minimise(softmax_loss, x, a, x, frozen_copy(robust))
+    rows, grids = [], {}
+    for title, images in (("start", x), ("generative", generative), ("softmax", softmax)):
+        k = logits(f, images.flatten(0, 1)).argmax(1).view(len(x), -1)
+        right = k == torch.arange(len(x), device=x.device)[:, None]
+        rows.append(rate(f"f, not attacked, reads the target, {title}", right, eps=a.eps))
+        grids[title] = images[:, :8].transpose(0, 1).flatten(0, 1)
+    run.pictures(name, grids, len(x))
     return rows
 
+def figure_3_3(run, f, robust, models, test, source):
+    """Targeted attacks on the generative and on the robust softmax classifier. CIFAR-10: Fig. 3.5."""
+    x, _ = together(test, rows_of(test, False), 30)
+    return towards(run, "figure3.3", f, robust, models, x, source["figure3.3"])
 
-def table_3_8(lab):
-    """The same for the l_2 models."""
-    return table_3_7(lab, "2")
+def figure_3_6(run, f, robust, models, train, source):
+    """Draws from the Gaussian of each class' training images, attacked towards their class."""
+    seeds = []
+    for index in rows_of(train, True):
+        x = train.take(index).flatten(1).double()
+        cov = torch.cov(x.T) + 1e-4 * torch.eye(x.shape[1], device=x.device)
+        gaussian = torch.distributions.MultivariateNormal(x.mean(0), cov)
+        seeds.append(gaussian.sample((20,)).float().clamp(0, 1).unflatten(1, train.shape))
+    return towards(
+        run, "figure3.6", f, robust, models, torch.stack(seeds), source["figure3.6"]
+    )
 
+def untuned(run, s, f, pairs, test):
+    """Attacks that nothing here was tuned against; those of Tab. 3.2 and 3.3 stand there."""
+    exact, undefended = {}, {}
+    for name, model in pairs.items():
+        exact[name] = model._replace(fast=frozen_copy(model.H, fast=False))
+        undefended[name] = model._replace(fast=f)
+    rows = auc_rows(run, exact, test, s.images, "PGD, float32")
+    rows += auc_rows(run, exact, test, s.images, "APGD", method=apgd)
+    return rows + auc_rows(
+        run, undefended, test, s.images, "transfer from f", loss=softmax_loss
+    )
 
-def attack_by_name(lab, name, H, x, y, a):
-    """Images x [n, C, S, S] of labels y [n] under an attack of Eq. 3.30 to 3.35 by name."""
-    def loss(part, y):
-        z_f = lab.f(part).float() if name != "detector (3.32)" else None
-        z_H = H(part).float() if name != "classifier (3.30)" else None
-        return ATTACKS[name](z_f, z_H, y)
-    size = max(lab.s.chunk // H.K, 1)
-    return torch.cat([minimise(lambda z: loss(z, labels), part, a)
-                      for part, labels in zip(x.split(size), y.split(size))])
-
-
-def figure_3_2(lab, name="figure3.2"):
-    """TPR (of 20 n clean images) against FPR of both ways of detection under every attack. Also Fig. 3.4."""
-    model, H, a = lab.figure_attack("figure3.2")
-    (x, y), a = lab.test_images(lab.s.images), a._replace(eps=lab.setups[model][0].eps)
-
-    def judged(x, y):
-        """{way: (logit that decides, misread)}."""
-        z_H, z_f = logits(H, x), logits(lab.f, x)
-        k = {"integrated": z_f.argmax(1), "generative": z_H.argmax(1)}
-        return {way: (own_logit(z_H, k), k != y) for way, k in k.items()}
-    clean = judged(*lab.test_images(20 * lab.s.images))
-    found = {attack: judged(attack_by_name(lab, attack, H, x, y, a), y) for attack in ATTACKS}
-    rows = {"n": len(x), "attack": f"{model}, {in_words(lab, a)}"}
-    for way, (z_clean, misread) in clean.items():
-        rows |= rate(f"natural acc, {way}", ~misread)
-        for tpr in (0.95, 0.99):
-            T = rows[f"T of TPR {tpr}, {way}"] = threshold(z_clean, tpr)
-            fpr = [rate(f"FPR at TPR {tpr}, {way}, {attack}", verdict[way][1] & (verdict[way][0] >= T))
-                   for attack, verdict in found.items()]
-            rows |= functools.reduce(dict.__or__, fpr)
-            rows[f"FPR at TPR {tpr}, {way}, strongest"] = max(next(iter(row.values())) for row in fpr)
-        for attack, verdict in found.items():
-            rows |= rate(f"misread, {way}, {attack}", verdict[way][1])
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    lines = [("integrated", attack, {}) for attack in ATTACKS]
-    for way, attack, style in (*lines, ("generative", "detector (3.32)", {"color": "black", "ls": "--"})):
-        z_clean, (z, misread) = clean[way][0], found[attack][way]
-        tpr, fpr = detection_rates(z_clean, z, misread, torch.cat([z_clean, z]).unique())
-        for axis in axes:
-            axis.plot(fpr.cpu(), tpr.cpu(), label=f"{way}, {attack}", **style)
-    axes[0].set(xlabel="FPR", ylabel="TPR", ylim=(0, 1.02), xlim=(-0.02, 1.02))
-    axes[1].set(xlabel="FPR", title="enlarged", ylim=(0.9, 1.003), xlim=(-0.01, 0.5))
-    axes[0].legend(fontsize=7, loc="lower right")
-    lab.run.save(figure, name)
-    return rows
-
-
-def targeted(lab, H, x, a):
-    """x [K, n, C, S, S], made more like class k each: by the detectors, by the robust softmax classifier."""
-    softmax = [minimise(lambda z: -lab.robust(z)[:, k], part, a) for k, part in enumerate(x)]
-    return {"generative": minimise(lambda z: -H.each(z), x, a), "softmax": torch.stack(softmax)}
-
-
-def reading(lab, x):
-    """Whether f, which was not attacked, reads x [K, n, C, S, S] as class k in row k: bool [K n]."""
-    found = logits(lab.f, x.flatten(0, 1)).argmax(1).view(x.shape[:2])
-    return (found == torch.arange(len(x), device=x.device)[:, None]).flatten()
-
-
-def grids(lab, file, pictures):
-    """Picture grids side by side: {title: [rows, columns, C, S, S]}."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 4.9), layout="constrained")
-    for axis, (title, x) in zip(axes, pictures.items()):
-        common.picture_grid(axis, x.flatten(0, 1), x.shape[1], title)
-    lab.run.save(figure, file)
-
-
-def figure_3_3(lab, name="figure3.3"):
-    """Targeted attacks on the generative and on the robust softmax classifier, all targets. Also Fig. 3.5."""
-    model, H, a = lab.figure_attack("figure3.3")
-    each = [lab.images("test", lab.members["test", k, True][:3]) for k in range(H.K)]  # three of each class
-    x = torch.stack(each, 1).flatten(0, 1)  # one of each class, three times
-    found = targeted(lab, H, x.expand(H.K, *x.shape), a)
-    truth = torch.arange(H.K, device=x.device).repeat(3).expand(H.K, -1)
-    other = (truth != torch.arange(H.K, device=x.device)[:, None]).flatten()
-    rows = {"n": int(other.sum()), "attack": f"{model}, {in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
-    for of, images in found.items():
-        rows |= rate(f"f, not attacked, reads the target, {of}", reading(lab, images)[other])
-    grids(lab, name, {f"{of}: clean, then targets 0 to {H.K - 1}": torch.cat([x[None], images])[:, :H.K]
-                      for of, images in found.items()})
-    x, y = lab.test_images(min(lab.s.images, 500))
-    rows |= {"n, softmax": len(x)} | rate("natural acc, softmax", logits(lab.robust, x).argmax(1) == y)
-    x = lab.against_robust(lab.robust, x, y)
-    return rows | rate("robust acc, softmax (PGD, eps of training)", logits(lab.robust, x).argmax(1) == y)
-
-
-def class_gaussians(lab, n):
-    """n draws for each class from a Gaussian of its training images (covariance + 1e-4), in [0, 1]."""
-    drawn = []
-    for k in range(lab.classes):
-        x = lab.images("train", lab.members["train", k, True]).flatten(1).double()
-        root = torch.linalg.cholesky(torch.cov(x.T) + 1e-4 * torch.eye(x.shape[1], device=x.device))
-        z = torch.randn(n, x.shape[1]).to(x) @ root.T + x.mean(0)
-        drawn.append(z.float().clamp(0, 1).view(n, *lab.data.shape))
-    return torch.stack(drawn)
-
-
-def figure_3_6(lab):
-    """Images from class-conditional Gaussian seeds, attacked towards their class."""
-    model, H, a = lab.figure_attack("figure3.6")
-    x = class_gaussians(lab, 20)
-    found = {"seeds": x, **targeted(lab, H, x, a)}
-    rows = {"n": len(x) * x.shape[1], "attack": f"{model}, {in_words(lab, a)}, eps {a.eps * lab.unit:.4g}"}
-    for name, images in found.items():
-        rows |= rate(f"f, not attacked, reads the class, {name}", reading(lab, images))
-    grids(lab, "figure3.6", {name: images[:, :8] for name, images in found.items()})
-    return rows
-
-
-def untuned(lab):
-    """d_1 and d_2 under attacks that nothing here was tuned against, beside those of Tab. 3.2 and 3.3."""
-    rows = {}
-    for model in lab.models:
-        a, H = lab.attacks(model)[1], lab.detectors(model)
-
-        def transfer(loss, x, a):
-            """Towards the detector's class on the undefended classifier f."""
-            return torch.stack([minimise(lambda z: -lab.f(z)[:, k], part, a) for k, part in enumerate(x)])
-        ways = {"Adam": (a, minimise), "normalised": (a._replace(adam=False), minimise),
-                "Adam, float32": (a, functools.partial(minimise, fast=False)), "APGD": (a, apgd),
-                "random search": (a._replace(steps=5 * a.steps), random_search),
-                "transfer from f": (a, transfer)}
-        scores = {name: lab.auc(H, b, (0, 1), lab.s.images, method=method)
-                  for name, (b, method) in ways.items()}
-        for name, (aucs, n) in scores.items():
-            rows |= {"n": n} | {f"d_{k + 1} {model}, {name}": v for k, v in enumerate(aucs)}
-        for k in (0, 1):
-            found = {name: aucs[k] for name, (aucs, _) in scores.items()}
-            tuned = min(found.pop("Adam"), found.pop("normalised"))
-            rows[f"d_{k + 1} {model}, untuned below tuned by"] = tuned - min(found.values())
-    return rows
-
-
-def speed(lab):
-    """Updates of all detectors together and of one after the other, in turns: seconds, and their ratio."""
-    s, K, a, (x_pos, x_neg) = lab.s, lab.classes, lab.attacks(lab.models[0])[0], lab.draw(0)
-    nets = [common.make_net(s.net, 1, lab.data.shape, s.width).to(lab.run.device).eval() for _ in range(K)]
-
-    def ready(nets, ks):
-        H = Detectors(nets)
-        return H, torch.optim.Adam(H.parameters(), s.lr, fused=True), x_pos[ks], x_neg[ks], a
-    ways = {"together": [ready(nets, slice(0, K))],
-            "one after the other": [ready([net], slice(k, k + 1)) for k, net in enumerate(nets)]}
-    seconds = {way: [] for way in ways}
-    for _ in range(8):
-        for way, steps in ways.items():
-            start = time.time()
-            for step in steps:
-                train_step(*step)[1].sum().item()                               # .item() waits for the device
-            seconds[way].append(time.time() - start)
-    best = {way: min(spent[1:]) for way, spent in seconds.items()}              # the first one warms up
-    rows = {"detectors": K, "attack": in_words(lab, a)}
-    rows |= {f"seconds an update, {way}": spent for way, spent in best.items()}
-    return rows | {"one after the other / together": best["one after the other"] / best["together"]}
-
-
-def published(table):
-    """{model: ((attack, d_1, d_2), ...)} -> {quantity: number}."""
-    return {f"d_{k + 1} {model}, {what}": row[k] for model, cells in table.items() for what, *row in cells
-            for k in range(len(row))}
-
-
-PUBLISHED_3_1 = {"mnist": {f"{model}: {when} attack": f"{a.steps} x {a.step:g}"
-                           for model, pair in GREY["models"].items()
-                           for when, a in zip(("training", "validation"), pair)}}
-INF, L2 = ("200 x 0.01", "2000 x 0.005"), ("200 x 0.1", "2000 x 0.05")
-PUBLISHED_3_2 = {"mnist": published({
-    "linf0.3": ((INF[0], .99959, .99971), (INF[1], .99958, .99971)),
-    "linf0.5": ((INF[0], .99830, .99869), (INF[1], .99796, .99861)),
-    "l2-2.5": ((L2[0], .99962, .99968), (L2[1], .99927, .99900)),
-    "l2-5.0": ((L2[0], .99578, .99987), (L2[1], .99529, .99918))})}
-PUBLISHED_3_3 = {"mnist": published({
-    "linf0.3": ((INF[0], .99962, .99973), (INF[1], .99959, .99971)),
-    "linf0.5": ((INF[0], .99820, .99901), (INF[1], .99795, .99872)),
-    "l2-2.5": ((L2[0], .99906, .99916), (L2[1], .99855, .99883)),
-    "l2-5.0": ((L2[0], .99960, .99997), (L2[1], .99237, .99994))})}
-AGAINST = ("attack linf0.3", "attack linf0.5", "attack l2-2.5", "attack l2-5.0")
-PUBLISHED_3_4 = {"mnist": published({
-    "linf0.3": tuple(zip(AGAINST, (.99959, .99436, .99974, .96421), (.99971, .99778, .99965, .98268))),
-    "linf0.5": tuple(zip(AGAINST, (.99966, .99830, .99969, .98816), (.99967, .99869, .99955, .98687))),
-    "l2-2.5": tuple(zip(AGAINST, (.99927, .99339, .99962, .97747), (.99949, .99397, .99968, .98117))),
-    "l2-5.0": tuple(zip(AGAINST, (.99925, .99767, .99944, .99577), (.99984, .99961, .99987, .99986)))})}
-PUBLISHED_3_5 = {"mnist": published({
-    "linf0.5": (("fixed start", .99830), ("50 random starts", .99776)),
-    "l2-5.0": (("fixed start", .99578), ("50 random starts", .99501))})}
-PUBLISHED_3_6 = {"mnist": {"linf0.3: mean L2": 4.40, "linf0.5: mean L2": 5.65, "best method before": 3.68}}
-PUBLISHED_3_7 = {"cifar10": published({"linf8": (
-    ("20 x 2", .9224, .9533), ("40 x 0.5", .9234, .9553), ("200 x 0.1", .9231, .9550),
-    ("200 x 0.5", .9205, .9504), ("500 x 0.5", .9203, .9500))})}
-PUBLISHED_3_8 = {"cifar10": published({"l2-80": (("20 x 10", .9839, .9924), ("50 x 5", .9837, .9922))})}
-PUBLISHED_3_9 = {"cifar10": published({"linf8": (("attack l2-80", .9814), ("attack linf2", .9841))})}
-PUBLISHED_3_10 = {"cifar10": published({"linf2": (("fixed start", .9866), ("10 random starts", .9866)),
-                                        "linf8": (("fixed start", .9234), ("10 random starts", .9233))})}
-PUBLISHED_3_11 = {"cifar10": {"linf8: mean L2": 1.5, "best method before": 1.1}}
-EXPERIMENTS = {  # the figures of the source print no numbers
-    "table3.1": Experiment(table_3_1, "the models and their training", "2.5 min", True, PUBLISHED_3_1),
-    "table3.2": Experiment(table_3_2, "AUC of d_1, d_2: PGD with Adam", "1 min", True, PUBLISHED_3_2),
-    "figure3.2": Experiment(figure_3_2, "TPR against FPR under every attack", "1 min", True),
-    "table3.3": Experiment(table_3_3, "AUC of d_1, d_2: PGD, normalised", "1 min", False, PUBLISHED_3_3),
-    "table3.4": Experiment(table_3_4, "each model under each attack", "", False, PUBLISHED_3_4),
-    "table3.5": Experiment(table_3_5, "random restarts", "", False, PUBLISHED_3_5),
-    "table3.6": Experiment(table_3_6, "smallest perturbations", "", False, PUBLISHED_3_6),
-    "figure3.3": Experiment(figure_3_3, "targeted attacks, all targets"),
-    "figure3.6": Experiment(figure_3_6, "images from Gaussian seeds"),
-    "table3.7": Experiment(table_3_7, "l_inf model: steps and sizes", "", False, PUBLISHED_3_7),
-    "table3.8": Experiment(table_3_8, "l_2 model: steps and sizes", "", False, PUBLISHED_3_8),
-    "table3.9": Experiment(table_3_4, "CIFAR-10's table 3.4", "", False, PUBLISHED_3_9),
-    "table3.10": Experiment(table_3_5, "CIFAR-10's table 3.5", "", False, PUBLISHED_3_10),
-    "table3.11": Experiment(table_3_6, "CIFAR-10's table 3.6", "", False, PUBLISHED_3_11),
-    "figure3.4": Experiment(functools.partial(figure_3_2, name="figure3.4"), "CIFAR-10's figure 3.2"),
-    "figure3.5": Experiment(functools.partial(figure_3_3, name="figure3.5"), "CIFAR-10's figure 3.3"),
-    "untuned": Experiment(untuned, "APGD, random search, transfer"),
-    "speed": Experiment(speed, "all detectors together / one after the other", "10 s"),
-}
-
+EXPERIMENTS = common.experiments(
+    headline=[table_3_1, table_3_2, figure_3_2],
+    others=[table_3_3, table_3_4, table_3_5, table_3_6, table_3_7,
+            figure_3_3, figure_3_6, untuned],
+)
 
 # --- command line -------------------------------------------------------------------------------------------
 
-
 def get_args(argv=None):
-    return common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
-
+    args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    s = args.settings
+    common.at_least(1, s, "updates batch val_images f_iters at_iters images few restarts")
+    known = MODELS[common.IN_MEMORY[args.dataset][0]]
+    args.models = list(known) if s.models == "all" else s.models.split(",")
+    if not set(args.models) <= set(known):
+        raise UserError(f"--models {s.models}: known are {', '.join(known)} and all")
+    return args
 
 def main(argv=None):
     args = get_args(argv)
-    lab = Lab(args)
-    for network, of in (("f", {"figure3.2", "figure3.3", "figure3.4", "figure3.5", "figure3.6", "untuned"}),
-                        ("robust", {"figure3.3", "figure3.5", "figure3.6"})):
-        if of & set(args.only):  # a checkpoint made with other settings is refused before any work
-            getattr(lab, network)
-    lab.run.closing_table({name: lab.run.experiment(name, EXPERIMENTS[name], lab) for name in args.only})
-
+    s = args.settings
+    colours, _, K = common.IN_MEMORY[args.dataset]
+    data, test = common.train_and_test(args, s.batch, s.images)
+    test = chosen(test, common.shuffled(len(test), 123))
+    sixth = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
+    validation, train = (chosen(data, index) for index in sixth)
+    build = partial(network, shape=data.shape, width=s.width, device=args.device)
+    run = common.Run("adv_detect", args)
+    setups = {}
+    for name, a in MODELS[colours].items():
+        setups[name] = a.within(s.train_steps), a.within(s.check_steps)
+    source = {name: a.within(2 * run.smoke) for name, a in OTHERS[colours].items()}
+    a = OTHERS[colours]["robust"].within(s.train_steps // 2)
+    train_f = partial(
+        common.train_classifier, run, build=partial(build, K), data=train, batch=32
+    )
+    if colours == 3:
+        train_f = partial(train_f, batch=128, sgd=0.1, augment="crop_flip")
+    train_robust = partial(train_f, adversary=partial(against, a=a), made_from={"attack": a})
+    f = once(lambda: train_f("f", iterations=s.f_iters))
+    robust = once(lambda: train_robust("robust", iterations=s.at_iters))
+    @once
+    def models():
+        start = f() if colours == 3 else None
+        trained = {}
+        for name in args.models:
+            trained[name] = train_detectors(
+                run, s, name, *setups[name], build, start, train, validation
+            )
+        return trained
+    @once
+    def pairs():
+        return {name: first_two(model, build) for name, model in models().items()}
+    run.experiments(
+        EXPERIMENTS,
+        f=f,
+        robust=robust,
+        models=models,
+        pairs=pairs,
+        train=train,
+        test=test,
+        setups=setups,
+        source=source,
+    )
 
 if __name__ == "__main__":
     common.call(main)

@@ -1,30 +1,40 @@
-r"""What all nine scripts share: data loaders, network architectures, and the plumbing of a command-line run.
+r"""What the scripts share: the machinery of a run, data, and network architectures. Nothing of any method.
 
-Nothing of any method is here: objectives, attacks, samplers, training loops and metrics stand in the scripts.
+The names that you meet in a script, and may take on trust:
 
-Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; in memory they are uint8.
-Networks scale or normalise inside their own forward. Whatever a user can get wrong raises UserError, which a
-script turns into one line on stderr and exit code 2 before any work.
+    settings, parse_args      the table of settings, and the command line made from it
+    Run, experiments, once    a run's folder; its tables and figures; a thing made when first needed
+    Training                  around a training loop: checkpoint, resume, log, time left, stop on divergence
+    seeded                    decorator: the function's random numbers depend on --seed alone
+    value, rate               a row of results: a number; a share with its 95 % interval
+    picture_grid              images on a matplotlib axis; whole figures: run.pictures, .lines, .histograms
+    input_gradient            gradient of a network's summed outputs with respect to its images
+    repeat                    a step taken n times; on a GPU one recorded step is replayed
+    frozen_copy, follow       a copy of a network for sampling, in bfloat16 where that is fast; its update
+    fast_precision, by_parts  bfloat16 in networks, where that is fast; a function applied to parts of a batch
+    load_images, batches      a data set by name; endless shuffled batches of it
+    make_net, train_classifier   a network by name; a classifier of a data set
+    UserError, Diverged       what ends a run with one line on stderr
 
-    1. data          load_images("glyphs", "train") -> Images (in memory) or Pictures (files, by a DataLoader)
-    2. networks      make_net(name): classifiers, energies (LightEBM, SNGANEnergy, BigGANEnergy), U-Net, ...
-    3. checkpoints   save_checkpoint, load_checkpoint
-    4. command line  parse_args, Run (folder, log.csv, results.json, closing table)
+Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; networks scale or normalise
+inside. The rooms: the run, speed, data, networks; then, underscored, file formats and devices.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import csv
 import dataclasses
 import functools
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import platform
-import re
 import shlex
+import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -38,41 +48,579 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as T
 from torchvision.utils import make_grid
 
 matplotlib.use("Agg")  # files only: the same picture with and without a screen
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of the backend)
-
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32; what may be rounded asks for bfloat16
 
 class UserError(Exception):
-    """Something the user can mend: main() prints it in one line on stderr and exits with code 2."""
-
+    """Something that the user can mend: one line on stderr, exit code 2."""
 
 class Diverged(Exception):
-    """A training run whose numbers went out of bounds: what was seen, what to try; .rows is its log."""
+    """A training whose numbers went out of bounds: what was seen, what to try; rows: its log."""
+    rows = ()
 
-    def __init__(self, message, rows=()):
-        super().__init__(message)
-        self.rows = rows
+# === the run ================================================================================================
+# --- settings and the command line --------------------------------------------------------------------------
+def settings(columns, smoke, **rows):
+    """A script's table of settings -> {(data set, budget): an instance of one dataclass}.
 
+    columns: headings, "glyphs" or, for data sets alike, "cifar10 cifar100": what budget quick runs with;
+    NAME-paper: the source's settings. A row is a setting: a value for each column (or one for all), then its
+    help. smoke: what budget smoke changes in quick.
+    """
+    kinds = {}
+    for name, (*values, _) in rows.items():
+        if len(values) not in (1, len(columns)):
+            raise ValueError(f"setting {name} has {len(values)} values for {len(columns)} columns")
+        kinds[name] = float if any(isinstance(v, float) for v in values) else type(values[0])
+    fields = []
+    for name, row in rows.items():
+        fields.append((name, kinds[name], dataclasses.field(metadata={"help": row[-1]})))
+    Settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
+    table = {}
+    for position, heading in enumerate(columns):
+        chosen = {}
+        for name, row in rows.items():
+            chosen[name] = kinds[name](row[0] if len(row) == 2 else row[position])
+        for title in heading.split():
+            dataset, _, budget = title.partition("-")
+            table[dataset, budget or "quick"] = Settings(**chosen)
+            if not budget:
+                table[dataset, "smoke"] = Settings(**{**chosen, **smoke})
+    return table
 
-# --- 1. data ------------------------------------------------------------------------------------------------
+def pick(s, names):
+    """{setting: value} of these settings, named in one string: what a trained network depends on."""
+    return {name: getattr(s, name) for name in names.split()}
 
+def at_least(least, s, names):
+    """UserError where one of these settings, named in one string, is below `least`."""
+    for name, number in pick(s, names).items():
+        if not number >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+
+def above_0(s, names):
+    """UserError where one of these settings is 0 or infinite."""
+    for name, number in pick(s, names).items():
+        if not 0 < number < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
+
+def check_radius(eps):
+    """UserError for an l_inf radius that can't be meant."""
+    if eps > 1:
+        raise UserError(f"--eps {eps:g}: pixels are in [0, 1]; perhaps --eps {eps:g}/255 is meant")
+
+def parse_args(doc, table, experiments, argv=None):
+    """The flags that all scripts have, and one for each setting -> args, with args.settings filled in."""
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    datasets = list(dict.fromkeys(dataset for dataset, _ in table))
+    p = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                add_help=False)
+    p.add_argument("--dataset", "--data", default=datasets[0], metavar="NAME", help=f"one of {datasets}")
+    p.add_argument("--budget", default="quick", help="smoke (learns nothing), quick, paper (as the source)")
+    chosen, _ = p.parse_known_args(argv)  # these two decide what --help shows
+    if chosen.dataset not in datasets:
+        raise UserError(f"unknown --dataset '{chosen.dataset}'; known: {', '.join(datasets)}")
+    if (chosen.dataset, chosen.budget) not in table:
+        known = [budget for dataset, budget in table if dataset == chosen.dataset]
+        raise UserError(f"unknown --budget '{chosen.budget}' for {chosen.dataset}; known: {', '.join(known)}")
+    p.add_argument("-h", "--help", action="help", help="this text, for the chosen --dataset and --budget")
+    p.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="these, not the headline experiments")
+    p.add_argument("--list", action="store_true", help="list experiments, costs, published numbers")
+    p.add_argument("--data-dir", type=Path, default=Path("data"), help="of NAME.npz and image folders (data)")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (runs)")
+    p.add_argument("--seed", type=_whole, default=0, help="of everything random (0)")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (250; a GPU 1600)")
+    p.add_argument("--fresh", action="store_true", help="drop this run's checkpoints, logs and results first")
+    defaults = table[chosen.dataset, chosen.budget]
+    kinds = {int: _whole, float: _number, str: str}
+    for field in dataclasses.fields(defaults):
+        default = getattr(defaults, field.name)
+        p.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type], metavar="VALUE",
+                       default=default, help=f"{field.metadata['help']} ({default})".replace("%", "%%"))
+    args = p.parse_args(argv)
+    args.argv = argv
+    args.settings = type(defaults)(*[getattr(args, field.name) for field in dataclasses.fields(defaults)])
+    if args.list:
+        _print_list(experiments, args.dataset)
+        raise SystemExit(0)
+    for name in args.only or ():
+        if name not in experiments:
+            raise UserError(f"unknown experiment '{name}'; known: {', '.join(experiments)}")
+    args.only = args.only or [name for name, e in experiments.items() if e.headline]
+    if args.seed >= 2 ** 31:
+        raise UserError("--seed must be below 2147483648")
+    args.device = _device(args.device)
+    args.chunk = args.chunk or (1600 if args.device.startswith("cuda") else 250)
+    return args
+
+Experiment = collections.namedtuple("Experiment", "function headline shows")  # shows: its docstring's start
+
+def experiments(headline, others=()):
+    """Two lists of functions -> {name: Experiment}; that of table_2_1 is "table2.1"."""
+    registry = {}
+    for function in [*headline, *others]:
+        kind, *number = function.__name__.split("_")
+        numbered = kind in ("table", "figure")
+        name = kind + ".".join(number) if numbered else function.__name__.replace("_", "-")
+        shows = inspect.getdoc(function).splitlines()[0]
+        registry[name] = Experiment(function, function in headline, shows)
+    return registry
+
+def _print_list(registry, dataset):
+    """--list: a line for each experiment, headline ones marked, published numbers below."""
+    script = Path(sys.argv[0]).stem
+    costs = _read_json(RESULTS / f"{script}-{dataset}.json")
+    for name, e in registry.items():
+        cost = f" [{costs[name]['seconds']:.0f} s]" if name in costs else ""
+        print(f"{'*' if e.headline else ' '} {name:12} {e.shows}{cost}")
+        for row in published(script, dataset, name):
+            print(f"{'':15}published: {row['quantity']} {row['value']} ({row['source']})")
+    print("* runs without --only; [seconds in results/, including what it trained first]")
+
+def call(main):
+    """Run a script's main; what ends it early is one line on stderr and exit code 2, 1 (diverged) or 130."""
+    try:
+        main()
+    except (UserError, Diverged, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            error = "interrupted; the same command, less --fresh, goes on where it was"
+        print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
+        sys.exit({UserError: 2, Diverged: 1}.get(type(error), 130))
+
+# --- results: rows, published numbers, the run's folder -----------------------------------------------------
+RESULTS = Path(__file__).resolve().parent / "results"
+
+def value(quantity, number, **beside):
+    """A row of results: a number, and the settings that a reader needs beside it (n=100, K=75)."""
+    return {"quantity": quantity, "value": number, **beside}
+
+def rate(quantity, right, **beside):
+    """A row of results: the share of true entries of a bool tensor, its n and its 95 % Wilson interval."""
+    n, successes = right.numel(), int(right.sum())
+    return {"quantity": quantity, "value": successes / n, "interval": wilson(successes, n), "n": n, **beside}
+
+def wilson(successes, n):
+    """95 % Wilson interval [low, high] of a rate."""
+    z, p = 1.959964, successes / n
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)]
+
+def published(script, dataset, experiment):
+    """The source's numbers for an experiment on a data set: rows of results/published.json."""
+    return _read_json(RESULTS / "published.json").get(script, {}).get(dataset, {}).get(experiment, [])
+
+def shown(number):
+    """A number in a table: four digits, five of one that is nearly 1."""
+    digits = 5 if isinstance(number, float) and 0.99 < number < 1 else 4
+    return f"{number:.{digits}g}" if isinstance(number, float) else str(number)
+
+def shown_row(row):
+    """A row of results as (quantity, settings beside it, number with its interval)."""
+    settings = [key for key in row if key not in ("quantity", "value", "interval", "source")]
+    beside = ", ".join(f"{key} {shown(row[key])}" for key in settings)
+    interval = " [{:.2f}, {:.2f}]".format(*row["interval"]) if "interval" in row else ""
+    return row["quantity"], beside, shown(row["value"]) + interval
+
+def picture_grid(axis, x, columns, title):
+    """Draw images float [N, C, H, W], clamped to [0, 1], as a grid on a matplotlib axis."""
+    pixels = make_grid(x.detach().cpu().clamp(0, 1), columns, padding=1, pad_value=0.5)
+    axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+def multiples(k, factors):
+    """Numbers of steps for a curve: these multiples of k, at least 1, in order."""
+    return sorted({max(round(factor * k), 1) for factor in factors})
+
+class once(functools.partial):
+    """A thing that is made when it is first needed: f = once(lambda: train_f(run, s, data)); f() is f."""
+    def __new__(cls, make):
+        return super().__new__(cls, functools.cache(make))
+
+class Run:
+    """A run's folder OUT/SCRIPT-DATASET: config.json, log-*.csv, checkpoints, pictures, results.json.
+
+    .seed, .device, .chunk, .data_dir, .smoke (learns nothing): of the command line. .shared: a folder for
+    what several scripts train alike. about: what else each result is to say (p0="letters").
+    """
+    def __init__(self, script, args, **about):
+        self.script, self.args = script, args
+        self.seed, self.chunk, self.data_dir = args.seed, args.chunk, args.data_dir
+        self.device, self.smoke = torch.device(args.device), args.budget == "smoke"
+        out = args.out.expanduser()
+        self.folder, self.shared = out / f"{script}-{args.dataset}", out / f"shared-{args.dataset}"
+        try:
+            for folder in (self.folder, self.shared):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot make {folder} ({error.strerror})") from None
+        for file in self.folder.iterdir() if args.fresh else ():
+            if file.suffix in (".pt", ".csv", ".json", ".png", ".tmp"):
+                file.unlink()
+        self.about = {"command": shlex.join(["python", f"{script}.py", *args.argv]), "dataset": args.dataset,
+                      "budget": args.budget, "seed": args.seed, "hardware": _hardware(self.device),
+                      "torch": torch.__version__, "commit": _commit(), **about}
+
+    def experiments(self, registry, **have):
+        """Run the chosen experiments. Each gets what its arguments name, of `have`; once() are made then."""
+        have = {"run": self, "s": self.args.settings, **have}
+        for name in self.args.only:
+            print(f"\n{name}: {registry[name].shows}", flush=True)
+            start = time.time()
+            given = {}
+            for argument in inspect.signature(registry[name].function).parameters:
+                torch.manual_seed(self.seed)  # nothing depends on the experiments before it
+                given[argument] = have[argument]() if isinstance(have[argument], once) else have[argument]
+            torch.manual_seed(self.seed)
+            rows = registry[name].function(**given)
+            results = _read_json(self.folder / "results.json")
+            results[name] = {"rows": rows, "seconds": round(time.time() - start, 1), **self.about}
+            _write_json(self.folder / "results.json", results)
+            _write_json(self.folder / "config.json", {
+                **self.about, "torchvision": torchvision.__version__, "numpy": np.__version__,
+                "matplotlib": matplotlib.__version__, "python": platform.python_version(),
+                "settings": dataclasses.asdict(self.args.settings)})
+        self.closing_table(results)
+
+    def closing_table(self, results):
+        """Print the chosen experiments' rows, ours beside published."""
+        print(f"\n{'experiment':11} {'quantity':46} {'with':26} {'ours':>20} {'published':>10}")
+        for name in self.args.only:
+            rows = published(self.script, self.args.dataset, name)
+            theirs = {row["quantity"]: row["value"] for row in rows}
+            for row in results[name]["rows"]:
+                quantity, beside, number = shown_row(row)
+                print(f"{name:11} {quantity:46} {beside:26} {number:>20} {theirs.pop(quantity, ''):>10}")
+            for quantity, number in theirs.items():
+                print(f"{name:11} {quantity:46} {'':26} {'':>20} {number:>10}")
+        print(f"\npictures, logs and results.json: {self.folder}{os.sep}")
+
+    def save(self, figure, name):
+        """Write a figure to NAME.png and close it."""
+        figure.savefig(self.folder / f"{name}.png", dpi=110)
+        plt.close(figure)
+
+    def pictures(self, name, rows, columns):
+        """NAME.png: a picture grid below the other, {title: float [N, C, H, W], shown clamped to [0, 1]}."""
+        high = [math.ceil(len(x) / columns) / columns for x in rows.values()]
+        size = (9, 9 * sum(high) + 0.4 * len(rows))
+        figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=high,
+                                    layout="constrained")
+        for axis, (title, x) in zip(axes[:, 0], rows.items()):
+            picture_grid(axis, x, columns, title)
+        self.save(figure, name)
+
+    def lines(self, name, rows, x, **axis_settings):
+        """NAME.png: rows of results over the setting that x names, a line for each quantity."""
+        figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+        for quantity in dict.fromkeys(row["quantity"] for row in rows if x in row):
+            points = [row for row in rows if row["quantity"] == quantity]
+            heights = [row["value"] for row in points]
+            axis.plot([row[x] for row in points], heights, "o-", ms=3, label=quantity)
+        axis.set(xlabel=x, **axis_settings)
+        axis.legend(fontsize=8)
+        self.save(figure, name)
+
+    def histograms(self, name, panels):
+        """NAME.png: {title: {label: values [n]}}, a panel for each title; dashed lines are means."""
+        size = (1 + 4 * len(panels), 3)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        for axis, (title, groups) in zip(axes[0], panels.items()):
+            for i, (label, values) in enumerate(groups.items()):
+                axis.hist(values.tolist(), 20, density=True, alpha=0.6, color=f"C{i}", label=label)
+                axis.axvline(values.mean().item(), color=f"C{i}", ls="--", lw=1)
+            axis.set_title(title, fontsize=9)
+            axis.set_yticks([])
+            axis.legend(fontsize=8)
+        self.save(figure, name)
+
+# --- training loops and randomness --------------------------------------------------------------------------
+class Training:
+    """What stands around a training loop: checkpoint, resume, log, time left, and a stop on divergence.
+
+        training = Training(run, "energy", {"updates": 800}, V=V, bank=bank, adam=adam)
+        for it in training.updates(800):              # it = 1 ... 800, or the rest of an interrupted loop
+            ...
+            training.log(loss=loss, K=K)              # floats: mean since the last line; ints: the last one
+
+    parts: what NAME.pt keeps: modules, optimisers, schedules, tensors, lists. The constructor restores them,
+    in place, and the random generators: an interrupted loop goes on bit for bit; a finished one is empty.
+    made_from: settings, networks, images, functions that the result depends on; a checkpoint made from others
+    is refused or, where names are `unique`, not looked at. limits: {name: largest value} of what is logged;
+    beyond, or where it is not finite, Diverged is raised with `advice`. rows: the log.
+    """
+    LINES = 20           # of the log, in a whole training
+    SAVE_SECONDS = 60    # from one checkpoint to the next
+    PRINT_SECONDS = 5    # from one line on the screen to the next
+
+    def __init__(self, run, name, made_from, limits=None, advice="a lower learning rate", unique=False,
+                 folder=None, **parts):
+        self.run, self.parts, self.limits, self.advice = run, parts, limits or {}, advice
+        self.made_from = {"seed": run.seed, **_identity(made_from)}
+        if unique:
+            name += "-" + hashlib.sha1(str(self.made_from).encode()).hexdigest()[:8]
+        self.name, self.folder = name, folder or run.folder
+        self.file = self.folder / f"{name}.pt"
+        state = _load_checkpoint(self.file, self.made_from, run)
+        fresh = {"it": 0, "rows": [], "since": [], "seconds": 0.0, "finished": False}
+        for key in fresh:
+            setattr(self, key, (state or fresh)[key])
+        for key, part in parts.items() if state else ():
+            if isinstance(part, torch.Tensor):
+                part.copy_(state[key])
+            elif isinstance(part, list):
+                part[:] = state[key]
+            else:
+                part.load_state_dict(state[key])
+
+    def updates(self, total, unit="update", done=None):
+        """Count it = 1 ... total. done(it): share of the work, where updates differ in cost."""
+        if self.finished:
+            return
+        print(f"{self.name}: {total - self.it} {unit}s", flush=True)
+        done = done or (lambda it: it / total)
+        begin, before, every = done(self.it), self.seconds, max(total // self.LINES, 1)
+        self.start = printed = saved = time.time()
+        self._write_log()
+        for it in range(self.it + 1, total + 1):
+            yield it
+            self.it, self.finished = it, self.finished or it == total
+            line_due = it % every == 0 or self.finished
+            if line_due and self.run.device.type == "cuda":
+                torch.cuda.synchronize(self.run.device)  # so that seconds are true ones
+            self.seconds = before + time.time() - self.start
+            if line_due:
+                self._line()
+            if line_due and (self.finished or time.time() - printed > self.PRINT_SECONDS):
+                printed = time.time()
+                left = (self.seconds - before) * (1 - done(it)) / max(done(it) - begin, 1e-9)
+                last = [f"{k} {v:6.4g}" for k, v in self.rows[-1].items() if k not in ("it", "seconds")]
+                text = "" if self.finished else f", {left:.0f} s left"
+                print(f"{it:6d}/{total}  {'  '.join(last)}  {self.seconds:.0f} s{text}", flush=True)
+            if self.finished or time.time() - saved > self.SAVE_SECONDS:
+                self._save()
+                saved = time.time()
+            if self.finished:
+                return
+
+    def log(self, **numbers):
+        """Numbers or 0-d tensors of this update, for the log; nothing waits for the device here."""
+        kept = {}
+        for key, number in numbers.items():
+            kept[key] = number.detach() if isinstance(number, torch.Tensor) else number
+        self.since.append(kept)
+
+    def stop(self):
+        """This update is the last one."""
+        self.finished = True
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What runs inside (an evaluation) does not count as training time."""
+        began = time.time()
+        yield
+        self.start += time.time() - began
+
+    def _line(self):
+        """One line of the log from what was logged since the last one; raises Diverged."""
+        row = {"it": self.it}
+        for key in dict.fromkeys(key for entry in self.since for key in entry):
+            numbers = [entry[key] for entry in self.since if key in entry]
+            mean = sum(float(number) for number in numbers) / len(numbers)
+            row[key] = numbers[-1] if isinstance(numbers[-1], int) else float(f"{mean:.5g}")
+        row["seconds"] = round(self.seconds, 1)
+        self.since = []
+        self.rows.append(row)
+        self._write_log()
+        for key, number in row.items():
+            if not abs(number) <= self.limits.get(key, sys.float_info.max):
+                stop = Diverged(f"training {self.name} diverged at or before update {self.it}: {key} is "
+                                f"{number:.3g}; try {self.advice}")
+                stop.rows = self.rows
+                raise stop
+
+    def _write_log(self):
+        """log-NAME.csv from the rows: after a resume it holds what the checkpoint knows, no more."""
+        names = dict.fromkeys(key for row in self.rows for key in row)
+        with open(self.folder / f"log-{self.name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=names or ["it"])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def _save(self):
+        """The checkpoint NAME.pt: state, what it was made from, the generators; atomic."""
+        names = ("it", "rows", "since", "seconds", "finished", "made_from")
+        state = {key: getattr(self, key) for key in names}
+        state["smoke"], state["rng"] = self.run.smoke, {"cpu": torch.get_rng_state()}
+        if self.run.device.type == "cuda":
+            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.run.device)
+        for key, part in self.parts.items():
+            state[key] = part if isinstance(part, (torch.Tensor, list)) else part.state_dict()
+        scratch = Path(f"{self.file}.tmp")
+        torch.save(state, scratch)
+        os.replace(scratch, self.file)
+
+def seeded(function):
+    """Decorator: random numbers of function(run, ...) depend on --seed alone; others' stay as they were."""
+    @functools.wraps(function)
+    def wrapped(run, *arguments, **options):
+        with _own_generators(run.device):
+            torch.manual_seed(run.seed)
+            return function(run, *arguments, **options)
+    return wrapped
+
+# === speed ==================================================================================================
+# Sampling and attacks are the cost: a thousand small steps, each a gradient with respect to images.
+
+def input_gradient(function, x):
+    """Gradient of the SUM of function(x) with respect to x [B, ...]; no parameter's .grad is touched."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        gradient, = torch.autograd.grad(function(x).float().sum(), x)
+    return gradient
+
+def repeat(step, x, n, *arguments):
+    """x = step(x, *arguments), n times -> the last x: a tensor, or a tuple of tensors.
+
+    The plain loop on a CPU. On a GPU the step is recorded once as a CUDA graph and replayed, because small
+    networks are bound by the launches of their kernels. Tensors are then padded by at most an eighth; other
+    arguments must be the same objects again: networks and numbers, not new lambdas.
+    """
+    first = x if isinstance(x, torch.Tensor) else x[0]
+    with torch.no_grad():
+        if first.device.type == "cuda" and n > 2:
+            return _replay(step, x, n, arguments)
+        for _ in range(n):
+            x = step(x, *arguments)
+    return x
+
+class frozen_copy(nn.Module):
+    """A copy of a network for sampling: weights are constants, eval mode, float32 in and out.
+
+    Inside it computes in bfloat16, channels-last, where the processor has units for that (and fast is True).
+    """
+    def __init__(self, net, fast=True):
+        super().__init__()
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.dtype = torch.float32
+        if fast and bfloat16_units(next(net.parameters()).device):
+            self.dtype = torch.bfloat16
+            self.net = self.net.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.net(x.to(self.dtype)).float()
+
+@torch.no_grad()
+def follow(frozen, net):
+    """Take over the weights that `net` has now; in place, so that recorded steps see them."""
+    for mine, its in zip(frozen.net.state_dict().values(), net.state_dict().values()):
+        mine.copy_(its)
+
+def bfloat16_units(device):
+    """Whether the processor computes in bfloat16: a GPU from Ampere on, a CPU with AMX or AVX512-BF16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    kinds = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return torch.device(device).type == "cpu" and any(getattr(torch.cpu, kind, bool)() for kind in kinds)
+
+def fast_precision(device):
+    """A context: bfloat16 autocast where the processor has units for it, else nothing."""
+    if not bfloat16_units(device):
+        return contextlib.nullcontext()
+    # without its cache of weights, which outlives their update and does not go into a CUDA graph
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)
+
+def to_device(net, device):
+    """A network on the device; channels-last where bfloat16 units want it (float32 on a CPU breaks on it)."""
+    fast = torch.device(device).type == "cuda" or bfloat16_units(device)
+    return net.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
+
+def by_parts(function, x, size):
+    """function(x) of parts of at most `size` rows, joined again."""
+    return torch.cat([function(part) for part in x.split(size)])
+
+_RECORDED = collections.OrderedDict()  # what a step depends on -> its _Recording; the oldest of 24 is dropped
+
+def _replay(step, x, n, arguments):
+    """The body of repeat() on a GPU."""
+    single = isinstance(x, torch.Tensor)
+    state = (x,) if single else x
+    rows = len(state[0])
+    size = _padded_size(rows)
+    key = [step, single, size]
+    for thing in (*state, *arguments):
+        key.append((thing.shape[1:], thing.dtype) if isinstance(thing, torch.Tensor) else thing)
+        key.append(getattr(thing, "training", None))
+    key = tuple(key)
+    if key not in _RECORDED:
+        if len(_RECORDED) >= 24:
+            _RECORDED.popitem(last=False)
+        _RECORDED[key] = _Recording(step, single, state, arguments, size)
+    _RECORDED.move_to_end(key)
+    after = _RECORDED[key].run(state, arguments, n)
+    return after[0] if single else after
+
+def _padded_size(rows):
+    """The least multiple of a power of two, at most an eighth of `rows`, that holds them."""
+    grain = 2 ** max(int(math.log2(rows)) - 3, 0)
+    return -(-rows // grain) * grain
+
+class _Recording:
+    """A step on buffers of its own, recorded as a CUDA graph. All graphs share one pool: they run in turn."""
+    pool = None
+
+    def __init__(self, step, single, state, arguments, size):
+        def buffer(thing):  # of `size` rows where a tensor has one for each image
+            if not isinstance(thing, torch.Tensor):
+                return thing
+            batched = thing.dim() > 0 and len(thing) == len(state[0])
+            return thing.new_zeros(size, *thing.shape[1:]) if batched else torch.zeros_like(thing)
+        self.state, self.arguments = [buffer(t) for t in state], [buffer(a) for a in arguments]
+        self.fill(state, arguments)
+        given = self.state[0] if single else tuple(self.state)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up outside the graph, as PyTorch asks
+            for _ in range(3):
+                step(given, *self.arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        _Recording.pool = _Recording.pool or torch.cuda.graph_pool_handle()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=_Recording.pool):
+            after = step(given, *self.arguments)
+            for mine, new in zip(self.state, (after,) if single else after):
+                mine.copy_(new)
+
+    def fill(self, state, arguments):
+        """Copy what the next replays start from, and their arguments, into the buffers."""
+        for mine, new in zip((*self.state, *self.arguments), (*state, *arguments)):
+            if isinstance(new, torch.Tensor):
+                (mine[:len(new)] if new.dim() else mine).copy_(new)
+
+    def run(self, state, arguments, n):
+        self.fill(state, arguments)
+        for _ in range(n):
+            self.graph.replay()
+        after = []
+        for mine, new in zip(self.state, state):
+            after.append((mine[:len(new)] if new.dim() else mine).clone())
+        return tuple(after)
+
+# === data ===================================================================================================
 IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, else made or downloaded
     "glyphs": (1, 28, 10), "letters": (1, 28, 48), "symbols": (1, 28, 24),
     "mnist": (1, 28, 10), "fashion_mnist": (1, 28, 10), "noise": (1, 28, 1),
     "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "svhn": (3, 32, 10), "tinyimagenet": (3, 64, 200),
 }
-FOLDERS = ("celebahq", "afhq_cat", "lsun_church", "imagenet")  # any nesting of png, jpg, webp files
-TORCHVISION = {"flowers102": "Flowers102", "pets": "OxfordIIITPet"}
-P0 = {  # the out-distribution p0 for an in-distribution set (80 Million Tiny Images is withdrawn: unused)
-    "glyphs": "letters", "mnist": "letters", "fashion_mnist": "letters", "cifar10": "tinyimagenet",
-    "cifar100": "tinyimagenet", "svhn": "tinyimagenet", "celebahq": "imagenet", "afhq_cat": "imagenet",
-    "lsun_church": "imagenet",
-}
+FOLDERS = ("celebahq", "afhq_cat", "lsun_church", "imagenet", "flowers102")  # of png, jpg, webp files
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnpqrstuvwxyz"  # without I, O, l, o: those are a 1 and a 0
 SYMBOLS = "#$%&+=<>?@{}~!" + "\u0393\u0394\u0398\u03a3\u03a9\u03b1\u03b2\u03bb\u221e\u2192"
@@ -81,31 +629,177 @@ TEXT_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans
               "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10")
 SYMBOL_FONTS = TEXT_FONTS[:12]  # in the Computer Modern files these code points hold other signs
 
-
 @dataclasses.dataclass
 class Images:
-    """A data set in memory: x uint8 [N, C, H, W] on `device`, y int64 [N], and the name of its source."""
+    """A data set in memory: x uint8 [N, C, H, W], y int64 [N] (or masks), and the name of its source."""
     x: torch.Tensor
     y: torch.Tensor
     name: str
+    shape = property(lambda self: tuple(self.x.shape[1:]))
 
     def __len__(self):
         return len(self.x)
 
-    @property
-    def shape(self):
-        return tuple(self.x.shape[1:])
-
     def take(self, index):
         """Images of these indices (tensor, list or slice) as float32 [B, C, H, W] in [0, 1]."""
+        index = index.to(self.x.device) if isinstance(index, torch.Tensor) else index
         return self.x[index].float() / 255
+
+    def some(self, n):
+        """A fixed random choice of n images, float32 [n, C, H, W], and their labels [n]."""
+        index = shuffled(len(self), 123)[:n].to(self.x.device)
+        return self.take(index), self.y[index]
 
     def to(self, device):
         return Images(self.x.to(device), self.y.to(device), self.name)
 
+def load_images(name, split="train", data_dir="data", channels=None, side=None):
+    """A data set by name -> Images or, for folders of large pictures, Pictures; UserError where that fails.
+
+    split: train or test. channels, side: what the script asks for; grey is repeated, colour averaged.
+    """
+    data_dir = Path(data_dir)
+    if name not in (*IN_MEMORY, *FOLDERS):
+        raise UserError(f"unknown data set '{name}'; known: {', '.join([*IN_MEMORY, *FOLDERS])}")
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split '{split}'; known: train, test")
+    if name in FOLDERS:
+        return Pictures(_image_files(data_dir / name, split), side or 256, name)
+    own_channels, own_side, classes = IN_MEMORY[name]
+    channels, side = channels or own_channels, side or own_side
+    file = data_dir / f"{name}.npz"
+    if name in ("glyphs", "letters", "symbols", "noise"):
+        x, y = _made_here(name, split, channels, side)
+    elif file.exists():
+        x, y = _read_npz(file, split, IN_MEMORY[name])
+    elif name == "tinyimagenet":
+        x, y = _read_tiny_imagenet(data_dir, split)
+    else:
+        x, y = _download(name, split, data_dir)
+    if x.shape[-2:] != (side, side):
+        x = T.resize(x, [side, side], antialias=True)
+    if channels == 3 and x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1).contiguous()
+    elif channels == 1 and x.shape[1] == 3:
+        x = x.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return Images(x, y, name)
+
+def train_and_test(args, batch, images):
+    """Both splits of args.dataset, on the device; UserError where they have too few images."""
+    data = load_images(args.dataset, "train", args.data_dir).to(args.device)
+    test = load_images(args.dataset, "test", args.data_dir).to(args.device)
+    if images > len(test) or batch > len(data):
+        raise UserError(f"--images, --batch: {args.dataset} has {len(test)} to test, {len(data)} to train")
+    return data, test
+
+@functools.lru_cache(maxsize=32)
+def shuffled(n, seed):
+    """A permutation of n indices that depends on the seed alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+def batch_index(n, size, seed, t):
+    """Indices int64 [size] of batch t: shuffled passes over n items, laid end to end."""
+    place = torch.arange(t * size, (t + 1) * size)
+    index = []
+    for epoch in range(int(place[0]) // n, int(place[-1]) // n + 1):
+        index.append(shuffled(n, seed + 7919 * epoch)[place[place // n == epoch] % n])
+    return torch.cat(index)
+
+def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
+    """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
+
+    Batch t depends on (seed, t) alone: a run resumed at `start` sees the images that it would have seen.
+    augment: "none"; "crop" (pad 4, crop, flip) of Images; a name of CROPS (and flip) of Pictures.
+    """
+    known = ("none", "crop") if isinstance(images, Images) else ("none", *CROPS)
+    if augment not in known:
+        raise UserError(f"no augmentation '{augment}' for {images.name}; known: {', '.join(known)}")
+    if isinstance(images, Images):
+        return _batches_in_memory(images, size, seed, start, augment, device)
+    return _batches_of_pictures(images, size, seed, start, augment, device, workers)
+
+def _batches_in_memory(images, size, seed, start, augment, device):
+    for t in itertools.count(start):
+        index = batch_index(len(images), size, seed, t)
+        x = images.take(index).to(device)
+        yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), index
+
+def _batches_of_pictures(images, size, seed, start, augment, device, workers):
+    def keys():
+        for t in itertools.count(start):
+            index = batch_index(len(images), size, seed, t).tolist()
+            yield [(i, augment, seed + 31 * t + 7 * j) for j, i in enumerate(index)]
+    loader = torch.utils.data.DataLoader(images, batch_sampler=keys(), num_workers=workers,
+                                         generator=torch.Generator())  # else it draws from everybody's
+    with _errors_of_workers():
+        for t, x in zip(itertools.count(start), loader):
+            yield x.to(device).float() / 255, batch_index(len(images), size, seed, t)
+
+def crop_flip(x, seed, pad=4, flip=True):
+    """Random zero-padded crop and horizontal flip, per image, of floats [B, C, H, W] by tensor functions."""
+    g = torch.Generator().manual_seed(seed)
+    b, _, h, w = x.shape
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, b), generator=g).to(x.device)
+    mirror = (torch.rand(b, generator=g) < 0.5).to(x.device) & flip
+    rows = dy[:, None] + torch.arange(h, device=x.device)                                         # [B, H]
+    cols = torch.arange(w, device=x.device)
+    cols = dx[:, None] + torch.where(mirror[:, None], w - 1 - cols, cols)                         # [B, W]
+    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    i = torch.arange(b, device=x.device)[:, None, None]
+    return padded[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+# --- sets that are rendered here ----------------------------------------------------------------------------
+@functools.lru_cache(maxsize=8)
+def _made_here(name, split, channels=1, side=28):
+    """Sets without a file: rendered digits, letters and symbols (10,000 train, 2,000 test), uniform noise."""
+    n, offset = (10_000, 0) if split == "train" else (2_000, 1)
+    if name == "noise":
+        x = np.random.RandomState(77 + offset).randint(0, 256, (n, channels, side, side), dtype=np.uint8)
+        return torch.from_numpy(x), torch.zeros(n, dtype=torch.long)
+    drawn = {"glyphs": (DIGITS, TEXT_FONTS, 10), "letters": (LETTERS, TEXT_FONTS, 20),
+             "symbols": (SYMBOLS, SYMBOL_FONTS, 30)}
+    chars, fonts, seed = drawn[name]
+    return render_glyphs(chars, fonts, n, seed + offset)
+
+def render_glyphs(chars, fonts, n, seed, side=28):
+    """n random characters -> uint8 [n, 1, side, side] (white on black), labels int64 [n] (index in `chars`).
+
+    Random font, size (16 to 22 pixels of 28), rotation (12 degrees), shear (.15), shift (2 pixels). NumPy's
+    frozen stream, a warp in float64: the same bytes wherever matplotlib (its fonts) is the same.
+    """
+    templates, owner = [], []  # a drawing of each character in each font; its place in `chars`
+    for place, char in enumerate(chars):
+        for font in fonts:
+            template = _glyph_template(font, char)
+            if template is not None:
+                templates.append(template)
+                owner.append(place)
+    lacking = [char for place, char in enumerate(chars) if place not in owner]
+    if lacking:
+        raise UserError(f"glyphs: no font of this matplotlib ({matplotlib.__version__}) draws {lacking}; "
+                        "reinstall it")
+    templates = torch.from_numpy(np.stack(templates))[:, None]                            # [M, 1, 64, 64]
+    random = np.random.RandomState(seed)
+    label = random.randint(len(chars), size=n)
+    first = np.searchsorted(owner, label)  # each character's drawings stand together
+    count = np.searchsorted(owner, label, side="right") - first
+    which = torch.from_numpy(first + np.floor(random.rand(n) * count).astype(np.int64))
+    u = torch.from_numpy(random.rand(5, n) * 2 - 1)
+    scale = 64 / 44 * side / 28 * (19 + 3 * u[0]) / side  # size of the drawing relative to the target frame
+    angle, shear, shift = u[1] * math.pi / 15, u[2] * 0.15, u[3:] * 2 * 2 / 28
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    across = torch.stack([cos, sin + shear * cos, shift[0]], -1)
+    down = torch.stack([-sin, cos - shear * sin, shift[1]], -1)
+    theta = torch.stack([across, down], 1)                                                     # [n, 2, 3]
+    images = []
+    for t, k in zip(theta.split(2000), which.split(2000)):  # two samples a pixel and side: no aliasing
+        grid = F.affine_grid(t, (len(t), 1, 2 * side, 2 * side), align_corners=False)
+        warped = F.avg_pool2d(F.grid_sample(templates[k], grid, align_corners=False), 2)
+        images.append((warped.clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(images), torch.from_numpy(label)
 
 @functools.lru_cache(maxsize=None)
-def glyph_template(font, char):
+def _glyph_template(font, char):
     """One character: float64 [64, 64] in [0, 1], longer side 44 pixels, centred; None if a font lacks it."""
     from matplotlib.ft2font import FT2Font
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
@@ -125,219 +819,56 @@ def glyph_template(font, char):
         (top, left), (bottom, right) = ink.min(0), ink.max(0) + 1
         size *= 44 / max(bottom - top, right - left)
     glyph = bitmap[top:bottom, left:right][:60, :60]
-    h, w = glyph.shape
-    canvas = np.zeros((64, 64))
-    canvas[(64 - h) // 2:(64 - h) // 2 + h, (64 - w) // 2:(64 - w) // 2 + w] = glyph
-    return canvas
+    above, before = (64 - glyph.shape[0]) // 2, (64 - glyph.shape[1]) // 2
+    return np.pad(glyph, ((above, 64 - glyph.shape[0] - above), (before, 64 - glyph.shape[1] - before)))
 
-
-def render_glyphs(chars, fonts, n, seed, side=28):
-    """n random characters -> uint8 [n, 1, side, side] (white on black), labels int64 [n] (index in `chars`).
-
-    Random font, size (16 to 22 pixels of 28), rotation (12 degrees), shear (.15) and shift (2 pixels). The
-    random stream is RandomState's, which NumPy keeps frozen, and the warp runs in float64: the same bytes on
-    every machine that has the same matplotlib (its fonts and its FreeType).
-    """
-    pairs = [(c, t) for c, char in enumerate(chars) for font in fonts
-             if (t := glyph_template(font, char)) is not None]
-    owner = np.array([c for c, _ in pairs])
-    if len(set(owner)) < len(chars):
-        lacking = [c for i, c in enumerate(chars) if i not in set(owner)]
-        raise UserError(f"glyphs: no font of this matplotlib ({matplotlib.__version__}) draws {lacking}; "
-                        "reinstall it")
-    templates = torch.from_numpy(np.stack([t for _, t in pairs]))[:, None]  # [M, 1, 64, 64]
-    random = np.random.RandomState(seed)
-    label = random.randint(len(chars), size=n)
-    first = np.searchsorted(owner, label)  # each character's drawings stand together
-    count = np.searchsorted(owner, label, side="right") - first
-    which = torch.from_numpy(first + np.floor(random.rand(n) * count).astype(np.int64))
-    u = torch.from_numpy(random.rand(5, n) * 2 - 1)
-    scale = 64 / 44 * side / 28 * (19 + 3 * u[0]) / side  # size of the drawing relative to the target frame
-    angle, shear, shift = u[1] * math.pi / 15, u[2] * 0.15, u[3:] * 2 * 2 / 28
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([torch.stack([cos, sin + shear * cos, shift[0]], -1),
-                         torch.stack([-sin, cos - shear * sin, shift[1]], -1)], 1)  # [n, 2, 3]
-    out = []
-    for t, k in zip(theta.split(2000), which.split(2000)):  # two samples a pixel and side: no aliasing
-        grid = F.affine_grid(t, (len(t), 1, 2 * side, 2 * side), align_corners=False)
-        warped = F.avg_pool2d(F.grid_sample(templates[k], grid, align_corners=False), 2)
-        out.append((warped.clamp(0, 1) * 255).round().to(torch.uint8))
-    return torch.cat(out), torch.from_numpy(label)
-
-
-def ink_mask(images):
-    """Segmentation mask of rendered glyphs: float [B, 1, H, W] in [0, 1] -> bool, true where there is ink."""
-    return images >= 0.5
-
-
-def ink_classes(images):
-    """Masks uint8 [N, S, S] of grey Images: 0, or class + 1 where there is ink."""
-    return (ink_mask(images.take(slice(None)))[:, 0] * (images.y[:, None, None] + 1)).to(torch.uint8)
-
-
-@functools.lru_cache(maxsize=8)
-def made_here(name, split, channels=1, side=28):
-    """Sets without a file: rendered digits, letters and symbols (10,000 train, 2,000 test), uniform noise."""
-    n, offset = (10_000, 0) if split == "train" else (2_000, 1)
-    if name == "noise":
-        x = np.random.RandomState(77 + offset).randint(0, 256, (n, channels, side, side), dtype=np.uint8)
-        return torch.from_numpy(x), torch.zeros(n, dtype=torch.long)
-    chars, fonts, seed = {"glyphs": (DIGITS, TEXT_FONTS, 10), "letters": (LETTERS, TEXT_FONTS, 20),
-                          "symbols": (SYMBOLS, SYMBOL_FONTS, 30)}[name]
-    return render_glyphs(chars, fonts, n, seed + offset)
-
-
-def read_npz(file, split, classes):
-    """x (N, H, W[, 3]) uint8, y (N,) of a split of a Keras-style archive -> uint8 [N, C, H, W], int64 [N]."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            absent = [k for k in (f"x_{split}", f"y_{split}") if k not in archive.files]
-            if absent:
-                raise UserError(f"{file}: no {split} split (lacks {', '.join(absent)}; "
-                                f"has {', '.join(archive.files)})")
-            x, y = archive[f"x_{split}"], archive[f"y_{split}"]
-    except UserError:
-        raise
-    except Exception as error:  # zipfile, zlib, OSError, ValueError: a torn or foreign file fails many ways
-        raise UserError(f"{file}: not a readable .npz file ({type(error).__name__}: {error})") from None
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
-        raise UserError(f"{file}: x_{split} is {x.dtype} {x.shape}; expected uint8 (N, H, W) or (N, H, W, 3)")
-    y = y.reshape(-1)
-    if len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
-        raise UserError(f"{file}: y_{split} is {y.dtype} ({len(y)},); expected {len(x)} integers")
-    if not len(x):
-        raise UserError(f"{file}: the {split} split is empty")
-    if y.min() < 0 or y.max() >= classes:
-        raise UserError(f"{file}: labels of y_{split} run from {y.min()} to {y.max()}; "
-                        f"expected 0 to {classes - 1}")
-    x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
-
-
-def first_line(error):
-    """An exception in few words."""
-    return (f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}" if str(error).strip() else
-            type(error).__name__)
-
-
-def download(name, split, data_dir):
-    """Read a small set with torchvision, downloading it where needed -> uint8 [N, C, H, W], int64 [N]."""
-    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
-            "svhn": "SVHN"}[name]
-    which = {"split": split} if name == "svhn" else {"train": split == "train"}
-    try:
-        made = getattr(torchvision.datasets, kind)(str(data_dir), download=True, **which)
-    except Exception as error:
-        raise UserError(f"{name}: no {data_dir / name}.npz, and the download failed ({first_line(error)}); "
-                        "put an .npz with x_train, y_train, x_test, y_test there (x uint8 (N, H, W[, 3])), "
-                        "or mend the network") from None
-    x = torch.as_tensor(np.asarray(made.data))
-    y = torch.as_tensor(np.asarray(made.labels if name == "svhn" else made.targets)).long()
-    x = x[:, None] if x.ndim == 3 else x if name == "svhn" else x.permute(0, 3, 1, 2)
-    return x.contiguous(), y
-
-
-def read_tiny_imagenet(folder, split):
-    """The published tiny-imagenet-200 folder -> uint8 [N, 3, 64, 64], int64 [N]; val is our test split."""
-    classes = {w: i for i, w in enumerate(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))}
-    if split == "train":
-        rows = [(p, classes[p.parent.parent.name])
-                for p in sorted((folder / "train").glob("*/images/*.JPEG"))]
-    else:
-        notes = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-        rows = [(folder / "val" / "images" / r.split("\t")[0], classes[r.split("\t")[1]]) for r in notes if r]
-    if not rows:
-        raise UserError(f"{folder}: no {split} images in it")
-    x = torch.stack([picture_tensor(open_picture(p), 64) for p, _ in rows])
-    return x, torch.tensor([y for _, y in rows])
-
-
-def resize(x, side):
-    """uint8 [N, C, H, W] -> uint8 [N, C, side, side]; area mean if a whole factor smaller, else bilinear."""
-    if x.shape[-1] == side and x.shape[-2] == side:
-        return x
-    whole = x.shape[-1] % side == 0 and x.shape[-2] % side == 0
-    mode = {"mode": "area"} if whole else {"mode": "bilinear", "antialias": True}
-    return torch.cat([F.interpolate(b.float(), size=(side, side), **mode).round().clamp(0, 255)
-                      .to(torch.uint8) for b in x.split(2000)])
-
-
-def load_images(name, split="train", data_dir="data", channels=None, side=None):
-    """A data set by name -> Images or, for folders and torchvision's large sets, Pictures.
-
-    split: "train" or "test". channels, side: what the script asks for; grey is repeated, colour averaged.
-    Raises UserError, in one line: unknown name, missing or damaged file, absent split, empty folder.
-    """
-    data_dir = Path(data_dir)
-    known = [*IN_MEMORY, *FOLDERS, *TORCHVISION]
-    if name not in known:
-        raise UserError(f"unknown data set '{name}'; known: {', '.join(known)}")
-    if split not in ("train", "test"):
-        raise UserError(f"unknown split '{split}'; known: train, test")
-    if name in FOLDERS:
-        return Pictures(image_files(data_dir / name, split), side or 256, name)
-    if name in TORCHVISION:
-        return torchvision_pictures(name, split, data_dir, side or 256)
-    c, s, classes = IN_MEMORY[name]
-    file = data_dir / f"{name}.npz"
-    if name in ("glyphs", "letters", "symbols", "noise"):
-        x, y = made_here(name, split, channels or c, side or s)
-    elif file.exists():
-        x, y = read_npz(file, split, classes)
-        if tuple(x.shape[1:]) != (c, s, s):
-            raise UserError(f"{file}: images of x_{split} are {tuple(x.shape[1:])}; expected {(c, s, s)}")
-    elif name == "tinyimagenet":
-        if not (data_dir / "tiny-imagenet-200" / "train").is_dir():
-            raise UserError(f"tinyimagenet: put {file} or the unpacked folder "
-                            f"{data_dir / 'tiny-imagenet-200'} there (unpack cs231n.stanford.edu's zip)")
-        x, y = read_tiny_imagenet(data_dir / "tiny-imagenet-200", split)
-    else:
-        x, y = download(name, split, data_dir)
-    x = resize(x, side or s)
-    channels = channels or c
-    if channels == 3 and x.shape[1] == 1:
-        x = x.expand(-1, 3, -1, -1).contiguous()
-    elif channels == 1 and x.shape[1] == 3:
-        x = x.float().mean(1, keepdim=True).round().to(torch.uint8)
-    return Images(x, y, name)
-
-
-def image_files(folder, split):
-    """Sorted image files of folder/train, or of folder/test or val; of the whole folder where it has none."""
-    parts = {"train": ["train"], "test": ["test", "val"]}
-    if any((folder / name).is_dir() for names in parts.values() for name in names):
-        inside = next((folder / name for name in parts[split] if (folder / name).is_dir()), None)
-        if inside is None:
-            raise UserError(f"{folder}: no {split} split (no sub-folder {' or '.join(parts[split])})")
-        folder = inside
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; put png, jpg or webp images there, in any sub-folders")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"{folder}: no png, jpg or webp image in it")
-    return files
-
-
-def open_picture(file):
-    """A file -> RGB picture; UserError that names it when it cannot be read."""
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except Exception as error:
-        raise UserError(f"{file}: unreadable image ({type(error).__name__})") from None
-
-
+# --- pictures in files: sets of 256 pixels ------------------------------------------------------------------
 CROPS = {  # random-resized-crops of large pictures: relative area, aspect, probability (else centre crop)
     "rrc": ((0.08, 1), (3 / 4, 4 / 3), 1.0), "mild": ((0.9, 1), (0.95, 1.05), 0.5),
     "medium": ((0.8, 1), (0.9, 1.1), 0.5)}
 
+class Pictures(torch.utils.data.Dataset):
+    """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed)."""
+    def __init__(self, files, side, name):
+        self.files, self.side, self.name = files, side, name
+        self.shape = (3, side, side)
 
-def picture_tensor(picture, side, crop="none", seed=0, mask=False):
-    """A PIL picture -> uint8 [3, side, side]: resized and centre-cropped, or cropped as in CROPS and flipped.
+    def __len__(self):
+        return len(self.files)
 
-    The random crop depends on `seed` alone. A mask (trimap): nearest-pixel resize -> uint8 [side, side].
+    def __getitem__(self, key):
+        """-> uint8 [3, side, side]."""
+        i, *crop = key if isinstance(key, tuple) else (key,)
+        return picture_tensor(_open_picture(self.files[i]), self.side, *crop)
+
+    def take(self, index):
+        """Centre crops of these indices as float32 [B, 3, side, side] in [0, 1]."""
+        if isinstance(index, slice):
+            index = range(*index.indices(len(self)))
+        return torch.stack([self[int(i)] for i in index]).float() / 255
+
+    def to(self, device):
+        return self  # pictures stay in their files; a batch moves to the device when it is used
+
+def in_memory(pictures, workers=2):
+    """Pictures -> Images: all of them read (centre crops), with their labels."""
+    loader = torch.utils.data.DataLoader(pictures, batch_size=64, num_workers=workers,
+                                         generator=torch.Generator())  # else it draws from everybody's
+    with _errors_of_workers():
+        parts = list(loader)
+    return Images(torch.cat(parts), folder_labels(pictures), pictures.name)
+
+def folder_labels(pictures):
+    """Labels int64 [N] of Pictures: the rank of each file's folder among these files' folders."""
+    names = [file.parent.name for file in pictures.files]
+    rank = {name: i for i, name in enumerate(sorted(set(names)))}
+    return torch.tensor([rank[name] for name in names])
+
+def picture_tensor(picture, side, crop="none", seed=0, mode=InterpolationMode.BILINEAR):
+    """A PIL picture -> uint8 [C, side, side]: resized and centre-cropped, or cropped as in CROPS and flipped.
+
+    The random crop depends on `seed` alone. mode: NEAREST for a mask.
     """
-    mode = InterpolationMode.NEAREST if mask else InterpolationMode.BILINEAR
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU generator alone, which fork_rng restores
         scale, ratio, probability = CROPS.get(crop, (None, None, 0))
@@ -346,193 +877,120 @@ def picture_tensor(picture, side, crop="none", seed=0, mask=False):
             picture = T.resized_crop(picture, *box, (side, side), mode)
         else:
             picture = T.center_crop(T.resize(picture, side, mode), side)
-        picture = T.hflip(picture) if crop != "none" and torch.rand(()) < 0.5 else picture
-    pixels = T.pil_to_tensor(picture)
-    return pixels[0] if mask else pixels
+        if crop != "none" and torch.rand(()) < 0.5:
+            picture = T.hflip(picture)
+    return T.pil_to_tensor(picture)
 
-
-class Pictures(torch.utils.data.Dataset):
-    """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed)."""
-
-    def __init__(self, source, side, name, masks=False):
-        self.source, self.side, self.name, self.masks = source, side, name, masks
-        self.shape = (3, side, side)
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, key):
-        """-> uint8 [3, side, side], or with masks (image, trimap uint8 [side, side])."""
-        i, *crop = key if isinstance(key, tuple) else (key,)
-        item = self.source[i]
-        picture, extra = (open_picture(item), None) if isinstance(item, Path) else item
-        x = picture_tensor(picture.convert("RGB"), self.side, *crop)
-        return (x, picture_tensor(extra, self.side, *crop, mask=True)) if self.masks else x
-
-    def take(self, index):
-        """Centre crops of these indices as float32 [B, 3, side, side] in [0, 1]."""
-        index = range(*index.indices(len(self))) if isinstance(index, slice) else index
-        return torch.stack([self[int(i)] for i in index]).float() / 255
-
-    def to(self, device):
-        return self  # pictures stay in their files; a batch moves to the device when it is used
-
-
-def torchvision_pictures(name, split, data_dir, side):
-    """flowers102, or pets with its trimaps as masks, through torchvision."""
-    options = {"split": split} if name == "flowers102" else {
-        "split": "trainval" if split == "train" else "test", "target_types": "segmentation"}
+def _open_picture(file):
+    """A file -> RGB picture; UserError that names it when it cannot be read."""
     try:
-        source = getattr(torchvision.datasets, TORCHVISION[name])(str(data_dir), download=True, **options)
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
     except Exception as error:
-        raise UserError(f"{name}: not below {data_dir}, and the download failed ({first_line(error)}); put "
-                        f"torchvision's {TORCHVISION[name]} folder there, or mend the network") from None
-    return Pictures(source, side, name, masks=name == "pets")
+        raise UserError(f"{file}: unreadable image ({type(error).__name__})") from None
 
+def _image_files(folder, split):
+    """Sorted image files of folder/train, or of folder/test or val; of the whole folder where it has none."""
+    names = {"train": ["train"], "test": ["test", "val"]}[split]
+    inside = [folder / name for name in names if (folder / name).is_dir()]
+    if not inside and any((folder / name).is_dir() for name in ("train", "test", "val")):
+        raise UserError(f"{folder}: no {split} split (no sub-folder {' or '.join(names)})")
+    folder = inside[0] if inside else folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; put png, jpg or webp images there, in any sub-folders")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UserError(f"{folder}: no png, jpg or webp image in it")
+    return files
 
-def in_memory(pictures, workers=2):
-    """Pictures -> Images: all of them read (centre crops), with their labels, or with masks for the pets.
-
-    Labels: torchvision's, or the rank of the folder that a file lies in among these files' folders. Masks are
-    uint8 [N, S, S]: 1 for the pet and its outline, 0 for what lies behind.
-    """
-    loader = torch.utils.data.DataLoader(pictures, batch_size=64, num_workers=workers,
-                                         generator=torch.Generator())  # else it draws from everybody's
+@contextlib.contextmanager
+def _errors_of_workers():
+    """A UserError of a loader's process comes with its traceback as text: take the last line."""
     try:
-        parts = list(loader)
+        yield
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
-    if pictures.masks:
-        x, trimaps = (torch.cat(column) for column in zip(*parts))
-        return Images(x, (trimaps != 2).to(torch.uint8), pictures.name)
-    return Images(torch.cat(parts), folder_labels(pictures), pictures.name)
 
-
-def folder_labels(pictures):
-    """Labels int64 [N] of Pictures: torchvision's, or the rank of each file's folder among the folders."""
-    if not isinstance(pictures.source, list):
-        return torch.tensor([pictures.source[i][1] for i in range(len(pictures))])
-    names = [file.parent.name for file in pictures.source]
-    rank = {name: i for i, name in enumerate(sorted(set(names)))}
-    return torch.tensor([rank[name] for name in names])
-
-
-def load_classes(name, split="train", data_dir="data", channels=None, side=None):
-    """A labelled set in memory, or its classes a to b where the name is NAME:a-b -> Images, labels from 0."""
-    name, colon, part = name.partition(":")
-    data = load_images(name, split, data_dir, channels, side)
-    data = in_memory(data) if isinstance(data, Pictures) else data
-    if not colon:
-        return data
-    first, last = (int(v) if v.isdecimal() else -1 for v in (part.split("-") + [""])[:2])
-    kept = (data.y >= first) & (data.y <= last)
-    if not 0 <= first < last or len(data.y[kept].unique()) < 2:
-        raise UserError(f"{name}:{part}: expected NAME:a-b, the classes a to b of a labelled set")
-    return Images(data.x[kept], data.y[kept] - first, f"{name}:{part}")
-
-
-def with_clutter(images, others, seed, pieces=2):
-    """A segmentation task: grey Images, each with `pieces` windows cut out of images of `others` around it.
-
-    The brighter of the two wins in every pixel. Masks: ink_classes of the image itself.
-    """
-    g, (n, _, side, _) = torch.Generator().manual_seed(seed), images.x.shape
-    pasted, size = torch.zeros_like(images.x), side // 3
-    place = torch.arange(side)
-    for _ in range(pieces):
-        y, x = torch.randint(0, side - size + 1, (2, n, 1), generator=g)
-        high, wide = ((place >= start) & (place < start + size) for start in (y, x))  # bool [N, S]
-        window = high[:, :, None] & wide[:, None]                                     # bool [N, S, S]
-        piece = others.x[torch.randint(len(others), (n,), generator=g)]
-        pasted = torch.where(window[:, None], piece, pasted)
-    return Images(torch.maximum(images.x, pasted), ink_classes(images), f"{images.name} with {others.name}")
-
-
-def on_photos(images, photos, seed):
-    """A segmentation task: grey Images, each in a colour of its own, three quarters opaque, on colour Images.
-
-    Masks: ink_classes of the grey images.
-    """
-    g, n = torch.Generator().manual_seed(seed), len(images)
-    colour = torch.randint(0, 256, (n, 3, 1, 1), generator=g).float()
-    behind = photos.x[torch.randint(len(photos), (n,), generator=g)]
-    opaque = 0.75 * images.take(slice(None))                                              # [N, 1, S, S]
-    x = (opaque * colour + (1 - opaque) * behind).round().to(torch.uint8)
-    return Images(x, ink_classes(images), f"{images.name} on {photos.name}")
-
-
-def load_masks(name, around, split="train", data_dir="data", channels=1, side=28):
-    """A segmentation task in memory -> Images, y: masks uint8 [N, S, S]; "pets", or classes of a grey set.
-
-    The grey set is drawn among fragments of letters, or for three channels on photos of the set `around`.
-    """
-    if name == "pets":
-        return in_memory(load_images(name, split, data_dir, side=side))
-    images, seed = load_images(name, split, data_dir, 1, side), 5 if split == "train" else 6
-    if isinstance(images, Pictures) or channels == 3 and around not in IN_MEMORY:
-        raise UserError(f"masks of {name} on {around}: both must be sets in memory; or take pets")
-    if channels == 3:
-        return on_photos(images, load_images(around, split, data_dir, 3, side), seed)
-    return with_clutter(images, load_images("letters", split, data_dir, 1, side), seed)
-
-
-def crop_flip(x, seed, pad=4, flip=True):
-    """Random zero-padded crop and horizontal flip, per image, of floats [B, C, H, W] by tensor functions."""
-    g = torch.Generator().manual_seed(seed)
-    b, _, h, w = x.shape
-    dy, dx = (torch.randint(0, 2 * pad + 1, (2, b), generator=g)).to(x.device)
-    mirror = (torch.rand(b, generator=g) < 0.5).to(x.device) & flip
-    rows = dy[:, None] + torch.arange(h, device=x.device)  # [B, H]
-    cols = torch.arange(w, device=x.device)
-    cols = dx[:, None] + torch.where(mirror[:, None], w - 1 - cols, cols)  # [B, W]
-    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    i = torch.arange(b, device=x.device)[:, None, None]
-    return padded[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-@functools.lru_cache(maxsize=32)
-def shuffled(n, seed):
-    """A permutation of n indices that depends on the seed alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-def batch_index(n, size, seed, t):
-    """Indices int64 [size] of batch t: shuffled passes over n items, laid end to end."""
-    place = torch.arange(t * size, (t + 1) * size)
-    return torch.cat([shuffled(n, seed + 7919 * epoch)[place[place // n == epoch] % n]
-                      for epoch in range(int(place[0]) // n, int(place[-1]) // n + 1)])
-
-
-def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
-    """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
-
-    Batch t depends on (seed, t) alone, so a run resumed at `start` sees the very images it would have seen.
-    augment: "none"; "crop" (pad 4, crop, flip) of Images; "rrc", "mild", "medium" (CROPS, flip) of Pictures.
-    """
-    if augment not in ("none", *(("crop",) if isinstance(images, Images) else CROPS)):
-        raise UserError(f"no augmentation '{augment}' for {images.name}")
-    return draw_batches(images, size, seed, start, augment, device, workers)
-
-
-def draw_batches(images, size, seed, start, augment, device, workers):
-    """The generator behind batches()."""
-    if isinstance(images, Images):
-        for t in itertools.count(start):
-            i = batch_index(len(images), size, seed, t)
-            x = images.take(i.to(images.x.device)).to(device)
-            yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), i
-    keys = ([(int(i), augment, seed + 31 * t + 7 * j)
-             for j, i in enumerate(batch_index(len(images), size, seed, t))] for t in itertools.count(start))
-    loader = torch.utils.data.DataLoader(images, batch_sampler=keys, num_workers=workers,
-                                         generator=torch.Generator())  # else it draws from everybody's
+# --- small sets in files ------------------------------------------------------------------------------------
+def _read_npz(file, split, expected):
+    """x (N, H, W[, 3]) uint8, y (N,) of a split of a Keras-style archive -> uint8 [N, C, H, W], int64 [N]."""
+    channels, side, classes = expected
     try:
-        for t, x in zip(itertools.count(start), loader):
-            yield x.to(device).float() / 255, batch_index(len(images), size, seed, t)
-    except UserError as error:  # a worker's comes with its traceback as text: take the last line
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
+        with np.load(file, allow_pickle=False) as archive:
+            held = archive.files
+            x, y = [archive[key] if key in held else None for key in (f"x_{split}", f"y_{split}")]
+    except Exception as error:  # zipfile, zlib, OSError, ValueError: a torn or foreign file fails many ways
+        raise UserError(f"{file}: not a readable .npz file ({type(error).__name__}: {error})") from None
+    if x is None or y is None:
+        raise UserError(f"{file}: no {split} split (x_{split} and y_{split}); it has {', '.join(held)}")
+    wanted = (side, side) if channels == 1 else (side, side, channels)
+    if x.dtype != np.uint8 or x.shape[1:] != wanted or not len(x):
+        raise UserError(f"{file}: x_{split} is {x.dtype} {x.shape}; expected uint8 (N, {str(wanted)[1:]}")
+    y = y.reshape(-1)
+    if len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
+        raise UserError(f"{file}: y_{split} is {y.dtype} ({len(y)},); expected {len(x)} integers")
+    if y.min() < 0 or y.max() >= classes:
+        raise UserError(f"{file}: y_{split} runs from {y.min()} to {y.max()}; expected 0 to {classes - 1}")
+    x = x[:, None] if channels == 1 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))
 
+def _download(name, split, data_dir):
+    """Read a small set with torchvision, downloading it where needed -> uint8 [N, C, H, W], int64 [N]."""
+    kinds = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
+             "svhn": "SVHN"}
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    try:
+        made = getattr(torchvision.datasets, kinds[name])(str(data_dir), download=True, **which)
+    except Exception as error:
+        raise UserError(f"{name}: no {data_dir / name}.npz, and no download ({_first_line(error)}); put an "
+                        ".npz with x_train, y_train, x_test, y_test there, or mend the network") from None
+    x = torch.as_tensor(np.asarray(made.data))
+    y = torch.as_tensor(np.asarray(made.labels if name == "svhn" else made.targets)).long()
+    if name == "svhn":
+        return x, y
+    return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()), y
 
-# --- 2. networks --------------------------------------------------------------------------------------------
+def _read_tiny_imagenet(data_dir, split):
+    """The published tiny-imagenet-200 folder -> uint8 [N, 3, 64, 64], int64 [N]; val is our test split."""
+    folder = data_dir / "tiny-imagenet-200"
+    if not (folder / "train").is_dir():
+        raise UserError(f"tinyimagenet: put {data_dir / 'tinyimagenet.npz'} or the unpacked folder {folder} "
+                        "there (unpack cs231n.stanford.edu's zip)")
+    names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    if split == "train":
+        files = sorted((folder / "train").glob("*/images/*.JPEG"))
+        pairs = [(file, file.parents[1].name) for file in files]
+    else:
+        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+        columns = [line.split("\t") for line in lines]
+        pairs = [(folder / "val" / "images" / column[0], column[1]) for column in columns]
+    x = torch.stack([picture_tensor(_open_picture(file), 64) for file, _ in pairs])
+    return x, torch.tensor([names.index(name) for _, name in pairs])
+
+def _first_line(error):
+    """An exception in few words."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:80]}" if text else type(error).__name__
+
+# === networks ===============================================================================================
+IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean and deviation of its pixels, by channel
+
+def _normalising(net, mean, std):
+    """Give a network the buffers mean and std [1, C, 1, 1]; its forward normalises with them."""
+    net.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+    net.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+class Pooled(nn.Module):
+    """.body of convolutions, the mean over its pixels, .head: [B, C, S, S] in [0, 1] -> [B, outputs]."""
+    def features(self, x):
+        return self.body(2 * x - 1).mean((2, 3))
+    def forward(self, x):
+        return self.head(self.features(x))
+
+class Residual(nn.Module):
+    """.main(x) + .shortcut(x)."""
+    def forward(self, x):
+        return self.main(x) + self.shortcut(x)
 
 def init_xavier(net):
     """Glorot-uniform weights, zero biases: the default of the originals' frameworks; PyTorch's is smaller."""
@@ -543,13 +1001,9 @@ def init_xavier(net):
                 nn.init.zeros_(m.bias)
     return net
 
-
-class MnistCNN(nn.Module):
-    """MNIST network of dissertation 3.2: 3,265,409 parameters (1 output). [B, 1, 28, 28] -> [B, outputs].
-
-    ReLU stands behind the pool: the same function, a quarter of the work. width multiplies the channels.
-    """
-
+# --- classifiers: small ones, and those of the thesis (ch. 2 to 5) ----------------------------------------
+class MnistCNN(Pooled):
+    """MNIST network of dissertation 3.2: 3,265,409 parameters. (ReLU behind the pool: the same, faster.)"""
     def __init__(self, outputs=1, channels=1, side=28, width=1.0):
         super().__init__()
         a, b, c = round(32 * width), round(64 * width), round(1024 * width)
@@ -561,76 +1015,36 @@ class MnistCNN(nn.Module):
             nn.Flatten(), nn.Linear(b * (side // 4) ** 2, c), nn.ReLU())
         self.head = nn.Linear(c, outputs)
         init_xavier(self)
-
     def features(self, x):
         return self.body(x)  # [B, 1024 width]
 
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-class PlainCNN(nn.Module):
-    """Six convolutions, leaky ReLU, no normalisation; 28 or 32 pixels. [B, C, side, side] -> [B, outputs]."""
-
-    def __init__(self, width=32, outputs=1, channels=1, side=28):
-        super().__init__()
-        w = width
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, w, 3, 1, 1), nn.LeakyReLU(0.2),          # side
-            nn.Conv2d(w, 2 * w, 4, 2, 1), nn.LeakyReLU(0.2),             # side / 2
-            nn.Conv2d(2 * w, 2 * w, 3, 1, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.2),         # side / 4
-            nn.Conv2d(4 * w, 4 * w, 3, 1, 1), nn.LeakyReLU(0.2))
-        self.head = nn.Conv2d(4 * w, outputs, side // 4)                 # 1
-
-    def forward(self, x):
-        return self.head(self.body(2 * x - 1)).flatten(1)
-
-
-class SmallCNN(nn.Module):
-    """Five 3x3 convolutions with BatchNorm, two of stride 2, mean-pooled. [B, C, S, S] -> [B, outputs].
-
-    70,330 parameters at width 16, one channel, 10 outputs. Natural training leaves it easy to attack.
-    """
-
+class SmallCNN(Pooled):
+    """Five convolutions with BatchNorm, two of stride 2: 70,330 parameters (1 channel, 10 outputs)."""
     def __init__(self, width=16, outputs=10, channels=1):
         super().__init__()
-        w, layers, c = width, [], channels
-        for out, stride in ((w, 1), (2 * w, 2), (2 * w, 1), (4 * w, 2), (4 * w, 1)):
-            layers += [nn.Conv2d(c, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            c = out
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(c, outputs)
+        layers, c = [], channels
+        for times, stride in ((1, 1), (2, 2), (2, 1), (4, 2), (4, 1)):
+            layers.append(nn.Conv2d(c, times * width, 3, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(times * width), nn.ReLU()]
+            c = times * width
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(c, outputs)
 
-    def features(self, x):
-        return self.body(2 * x - 1).mean((2, 3))  # [B, 4 width]
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-class WideBlock(nn.Module):
+class WideBlock(Residual):
     """Pre-activation block of a wide ResNet; the 1x1 shortcut sees the raw input."""
-
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.main = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), nn.Conv2d(c_in, c_out, 3, 1, 1),
                                   nn.BatchNorm2d(c_out), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, stride, 1))
         self.shortcut = nn.Identity() if (c_in, stride) == (c_out, 1) else nn.Conv2d(c_in, c_out, 1, stride)
 
-    def forward(self, x):
-        return self.main(x) + self.shortcut(x)
-
-
-class WideResNet(nn.Module):
-    """WRN-depth-widen, convolutions with bias: thesis ch. 2 to 5 (28-10). [B, C, S, S] -> [B, outputs].
-
-    WRN-28-10 with 3 channels and 10 (100) outputs has 36,489,290 (36,546,980) parameters.
-    """
-
+class WideResNet(Pooled):
+    """WRN-depth-widen, convolutions with bias: thesis ch. 2 to 5. 28-10 has 36,489,290 parameters."""
     def __init__(self, depth=28, widen=10, outputs=10, channels=3):
         super().__init__()
         layers, c = [nn.Conv2d(channels, 16, 3, 1, 1)], 16
-        for width, stride in ((round(16 * widen), 1), (round(32 * widen), 2), (round(64 * widen), 2)):
+        for times, stride in ((16, 1), (32, 2), (64, 2)):
+            width = round(times * widen)
             for i in range((depth - 4) // 6):
                 layers.append(WideBlock(c, width, 1 if i else stride))
                 c = width
@@ -641,44 +1055,26 @@ class WideResNet(nn.Module):
                 nn.init.xavier_uniform_(m.weight, gain=math.sqrt(2))
                 nn.init.zeros_(m.bias)
 
-    def features(self, x):
-        return self.body(2 * x - 1).mean((2, 3))  # [B, 64 widen]
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
+# --- energies of the thesis, and the block of an SNGAN's generator ------------------------------------------
 class LightEBM(nn.Module):
-    """The light EBM of thesis ch. 2: five convolutions, no normalisation. [B, C, S, S] -> [B, 1], V(x).
-
-    693,569 parameters at width 32, three channels, 32 pixels (28 pixels: a last kernel of 3). Initialised as
-    PyTorch does. Leaky ReLU makes V piecewise linear: its second derivative in x is exactly zero.
-    """
-
+    """The light EBM of thesis ch. 2, piecewise linear: 693,569 parameters. [B, C, S, S] -> [B, 1]."""
     def __init__(self, width=32, channels=3, side=32):
         super().__init__()
-        w = width
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, w, 3, 1, 1), nn.LeakyReLU(0.05),         # side
-            nn.Conv2d(w, 2 * w, 4, 2, 1), nn.LeakyReLU(0.05),            # side / 2
-            nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.LeakyReLU(0.05),        # side / 4
-            nn.Conv2d(4 * w, 8 * w, 4, 2, 1), nn.LeakyReLU(0.05),        # side / 8
-            nn.Conv2d(8 * w, 1, side // 8))                              # 1
-
+        layers, c = [], channels
+        for times, kernel, stride in ((1, 3, 1), (2, 4, 2), (4, 4, 2), (8, 4, 2)):
+            layers += [nn.Conv2d(c, times * width, kernel, stride, 1), nn.LeakyReLU(0.05)]
+            c = times * width
+        self.body = nn.Sequential(*layers, nn.Conv2d(c, 1, side // 8))
     def forward(self, x):
         return self.body(2 * x - 1).flatten(1)
 
-
 class SmoothLeakyReLU(nn.Module):
     """Leaky ReLU with a rounded corner: it has a second derivative within some 1 / beta of 0."""
-
     def __init__(self, slope, beta):
         super().__init__()
         self.slope, self.beta = slope, beta
-
     def forward(self, x):
         return self.slope * x + (1 - self.slope) * F.softplus(x, self.beta)
-
 
 def smoothed(net, beta):
     """A frozen copy of an energy with SmoothLeakyReLU(beta) in place of every ReLU and leaky ReLU."""
@@ -686,459 +1082,86 @@ def smoothed(net, beta):
     for module in list(other.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, (nn.ReLU, nn.LeakyReLU)):
-                setattr(module, name, SmoothLeakyReLU(getattr(layer, "negative_slope", 0.0), beta))
+                slope = getattr(layer, "negative_slope", 0.0)
+                setattr(module, name, SmoothLeakyReLU(slope, beta))
     return other
 
-
-class DBlock(nn.Module):
+class DBlock(Residual):
     """Residual block of an SNGAN discriminator, no normalisation; down halves the side, first: the stem."""
-
     def __init__(self, c_in, c_out, down=False, first=False):
         super().__init__()
-        pool = [nn.AvgPool2d(2)] if down else []
-        self.main = nn.Sequential(*[nn.ReLU()][first:], nn.Conv2d(c_in, c_out, 3, 1, 1), nn.ReLU(),
-                                  nn.Conv2d(c_out, c_out, 3, 1, 1), *pool)
-        skip = [nn.Conv2d(c_in, c_out, 1), *pool] if down else []
-        self.shortcut = nn.Sequential(*(reversed(skip) if first else skip))  # the stem pools first
+        start = nn.Identity() if first else nn.ReLU()
+        pool = nn.AvgPool2d(2) if down else nn.Identity()
+        self.main = nn.Sequential(start, nn.Conv2d(c_in, c_out, 3, 1, 1), nn.ReLU(),
+                                  nn.Conv2d(c_out, c_out, 3, 1, 1), pool)
+        self.shortcut = nn.Identity()
+        if down:  # the stem pools first
+            skip = nn.Conv2d(c_in, c_out, 1)
+            self.shortcut = nn.Sequential(pool, skip) if first else nn.Sequential(skip, pool)
 
-    def forward(self, x):
-        return self.main(x) + self.shortcut(x)
+SNGAN_WIDTHS = {  # side: channels of the energy's blocks, how many of them halve the side
+    28: ((256,) * 4, 2), 32: ((256,) * 4, 2), 64: ((64, 128, 256, 512, 1024), 5),
+    128: ((64, 128, 256, 512, 1024, 1024), 5), 224: ((64, 128, 256, 512, 1024, 1024), 5)}
 
-
-SNGAN_WIDTHS = {  # side: channels of the energy, how many of its blocks halve the side, of the generator
-    28: ((256,) * 4, 2, (256,) * 3), 32: ((256,) * 4, 2, (256,) * 4),
-    64: ((64, 128, 256, 512, 1024), 5, (1024, 512, 256, 128, 64)),
-    128: ((64, 128, 256, 512, 1024, 1024), 5, (1024, 1024, 512, 256, 128, 64))}
-
-
-class SNGANEnergy(nn.Module):
-    """An SNGAN discriminator without its spectral norm: thesis ch. 3. [B, C, S, S] -> [B, outputs], V(x).
-
-    4,204,800 parameters at 28 and 32 pixels, 19,542,720 at 64, 38,419,136 at 128 (three channels). Glorot
-    initialisation, mean pooling, no bias in the head. width multiplies the channels.
-    """
-
+class SNGANEnergy(Pooled):
+    """An SNGAN discriminator without its spectral norm: thesis ch. 3. 4,204,800 parameters at 32 pixels."""
     def __init__(self, width=1.0, outputs=1, channels=3, side=32):
         super().__init__()
-        wide, downs, _ = SNGAN_WIDTHS[side]
-        wide = [max(round(w * width), 1) for w in wide]
-        self.body = nn.Sequential(*[DBlock(a, b, i < downs, not i) for i, (a, b) in
-                                    enumerate(zip([channels, *wide], wide))], nn.ReLU())
-        self.head = nn.Linear(wide[-1], outputs, bias=False)
+        wide, downs = SNGAN_WIDTHS[side]
+        layers, c = [], channels
+        for i, w in enumerate(wide):
+            w = max(round(w * width), 1)
+            layers.append(DBlock(c, w, down=i < downs, first=i == 0))
+            c = w
+        self.body = nn.Sequential(*layers, nn.ReLU())
+        self.head = nn.Linear(c, outputs, bias=False)
         init_xavier(self)
 
-    def forward(self, x):
-        return self.head(self.body(2 * x - 1).mean((2, 3)))
-
-
-def spectral(net):
-    """Spectral normalisation, in place, of every convolution and linear layer: SNGAN's discriminator."""
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            torch.nn.utils.parametrizations.spectral_norm(m)
-    return net
-
-
-class GBlock(nn.Module):
+class GBlock(Residual):
     """Residual block of an SNGAN generator; up: it doubles the side (bilinear)."""
-
     def __init__(self, c_in, c_out, up=True):
         super().__init__()
-        scale = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False) if up else nn.Identity()
-        self.main = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU(), scale, nn.Conv2d(c_in, c_out, 3, 1, 1),
-                                  nn.BatchNorm2d(c_out), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1))
+        scale = nn.Upsample(scale_factor=2, mode="bilinear") if up else nn.Identity()
+        self.main = nn.Sequential(
+            nn.BatchNorm2d(c_in), nn.ReLU(), scale, nn.Conv2d(c_in, c_out, 3, 1, 1),
+            nn.BatchNorm2d(c_out), nn.ReLU(), nn.Conv2d(c_out, c_out, 3, 1, 1))
         self.shortcut = nn.Sequential(scale, nn.Conv2d(c_in, c_out, 1)) if up or c_in != c_out else scale
 
-    def forward(self, x):
-        return self.main(x) + self.shortcut(x)
-
-
-class SNGANGenerator(nn.Module):
-    """z [B, 128] ~ N(0, I) -> images [B, C, S, S] in [0, 1]; first layer 4x4 (7x7 for 28 pixels).
-
-    4,276,739 parameters at 32 pixels, 12,220,675 at 64, 32,150,787 at 128. width multiplies the channels.
-    """
-    latent = 128
-
-    def __init__(self, width=1.0, channels=3, side=32):
-        super().__init__()
-        self.first = 7 if side == 28 else 4
-        wide = [max(round(w * width), 1) for w in SNGAN_WIDTHS[side][2]]
-        self.linear = nn.Linear(self.latent, wide[0] * self.first ** 2)
-        self.body = nn.Sequential(*[GBlock(a, b) for a, b in zip(wide, wide[1:])],
-                                  nn.BatchNorm2d(wide[-1]), nn.ReLU(), nn.Conv2d(wide[-1], channels, 3, 1, 1))
-        init_xavier(self)
-
-    def forward(self, z):
-        return (torch.tanh(self.body(self.linear(z).unflatten(1, (-1, self.first, self.first)))) + 1) / 2
-
-
-class FixerNet(nn.Module):
-    """Image to image, thesis ch. 5: x plus what an SNGAN generator without up-sampling makes of x.
-
-    [B, C, S, S] -> the same shape. It starts as the identity (its last layer is zero). Not clamped: the end
-    of a chain is not in [0, 1] either. 300,099 parameters at width 64, four blocks, three channels.
-    """
-
-    def __init__(self, width=64, channels=3, blocks=4):
-        super().__init__()
-        last = nn.Conv2d(width, channels, 3, 1, 1)
-        self.body = nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1),
-                                  *[GBlock(width, width, up=False) for _ in range(blocks)],
-                                  nn.BatchNorm2d(width), nn.ReLU(), last)
-        init_xavier(self)
-        nn.init.zeros_(last.weight)
-
-    def forward(self, x):
-        return x + self.body(2 * x - 1) / 2
-
-
-class DeepBlock(nn.Module):
-    """Bottleneck block of a BigGAN-deep discriminator; a 1x1 layer adds the channels its shortcut lacks."""
-
-    def __init__(self, c_in, c_out, down):
-        super().__init__()
-        c = max(c_in // 4, 1)
-        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
-        self.main = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(c_in, c, 1), nn.ReLU(), nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(),
-            nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(), self.pool, nn.Conv2d(c, c_out, 1))
-        self.extra = nn.Conv2d(c_in, c_out - c_in, 1) if c_out > c_in else None
-
-    def forward(self, x):
-        short = self.pool(x)
-        if self.extra is not None:
-            short = torch.cat([short, self.extra(short)], 1)
-        return self.main(x) + short
-
-
-class SelfAttention(nn.Module):
-    """x + gamma times attention over positions, keys and values at half the side; [B, C, H, W]."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.query, self.key = nn.Conv2d(c, c // 8, 1, bias=False), nn.Conv2d(c, c // 8, 1, bias=False)
-        self.value, self.out = nn.Conv2d(c, c // 2, 1, bias=False), nn.Conv2d(c // 2, c, 1, bias=False)
-        self.gamma = nn.Parameter(torch.randn(1))
-
-    def forward(self, x):
-        q, k, v = (part.flatten(2).transpose(1, 2) for part in (
-            self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)))
-        seen = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # [B, H W, C / 2]
-        return x + self.gamma * self.out(seen.transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-class BigGANEnergy(nn.Module):
-    """BigGAN-deep's discriminator as an energy: thesis ch. 3, ImageNet at 224. [B, C, S, S] -> [B, 1], V(x).
-
-    4,289,605 parameters at width 48. No normalisation: in the published code its spectral norm is inert.
-    """
-
-    def __init__(self, width=48, channels=3):
-        super().__init__()
-        w, steps = width, ((1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 8), (8, 8), (8, 16), (16, 16),
-                           (16, 16), (16, 16))
-        blocks = [DeepBlock(a * w, b * w, not i % 2) for i, (a, b) in enumerate(steps)]
-        self.body = nn.Sequential(nn.Conv2d(channels, w, 3, 1, 1), *blocks[:4], SelfAttention(4 * w),
-                                  *blocks[4:], nn.ReLU())
-        self.head = nn.Linear(16 * w, 1, bias=False)
-        init_xavier(self)
-
-    def forward(self, x):
-        return self.head(self.body(2 * x - 1).mean((2, 3)))
-
-
-class UNet(nn.Module):
-    """U-Net: [B, C, S, S] -> [B, outputs, S, S], S a multiple of 2^levels.
-
-    Per-pixel logits of a segmentation (with BatchNorm), or (norm=False; outputs as channels) a score.
-    """
-
-    def __init__(self, width=16, outputs=2, channels=1, levels=2, norm=True):
-        super().__init__()
-        self.norm = norm
-        wide = [width * 2 ** i for i in range(levels + 1)]
-        self.down = nn.ModuleList(self.double(a, b) for a, b in zip([channels, *wide], wide))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, 2) for w in wide[:-1])
-        self.join = nn.ModuleList(self.double(2 * w, w) for w in wide[:-1])
-        self.head = nn.Conv2d(width, outputs, 1)
-
-    def double(self, c_in, c_out):
-        """Two convolutions, each with its ReLU."""
-        return nn.Sequential(*[layer for a in (c_in, c_out) for layer in (
-            nn.Conv2d(a, c_out, 3, 1, 1), nn.BatchNorm2d(c_out) if self.norm else nn.Identity(), nn.ReLU())])
-
-    def forward(self, x):
-        x, kept = 2 * x - 1, []
-        for i, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if i else x)
-            kept.append(x)
-        for i in reversed(range(len(self.up))):
-            x = self.join[i](torch.cat([self.up[i](x), kept[i]], 1))
-        return self.head(x)
-
-
-class Pretrained(nn.Module):
-    """A torchvision network with its ImageNet weights (they are downloaded): [B, 3, S, S] -> [B, outputs].
-
-    Normalises, and resizes to `side`, inside. The head is kept for 1000 outputs, else made anew.
-    """
-
+# --- torchvision's networks with weights ------------------------------------------------------------------
+class Pretrained(Pooled):
+    """A torchvision network with its ImageNet weights, at its resolution `side`; a new head, if not 1000."""
     def __init__(self, name, outputs, side):
         super().__init__()
+        self.side = side
         try:
             self.net = torchvision.models.get_model(name, weights="DEFAULT")
         except Exception as error:
-            raise UserError(f"{name}: torchvision has no weights for it here ({first_line(error)}); mend the "
-                            "network, or take a network that is trained here") from None
-        self.side = side
-        head = next(n for n in ("fc", "classifier", "head") if hasattr(self.net, n))
-        last = getattr(self.net, head)
-        inner = last[-1] if isinstance(last, nn.Sequential) else last
-        new = inner if outputs == 1000 else nn.Linear(inner.in_features, outputs)
-        if inner is last:
-            setattr(self.net, head, nn.Identity())
-            self.head = new
-        else:
-            last[-1], self.head = nn.Identity(), new
-        for key, value in (("mean", (.485, .456, .406)), ("std", (.229, .224, .225))):
-            self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
+            raise UserError(f"{name}: torchvision has no weights for it here ({_first_line(error)}); take a "
+                            "network that is trained here") from None
+        for parent in list(self.net.modules()):
+            for child, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    place, last = (parent, child), layer
+        setattr(*place, nn.Identity())
+        self.head = last if outputs == 1000 else nn.Linear(last.in_features, outputs)
+        _normalising(self, *IMAGENET)
 
     def resized(self, x):
-        """The network on images at its own resolution."""
-        size = (self.side, self.side)
-        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True)
         return self.net((x - self.mean) / self.std)
-
     def features(self, x):
         if self.training:
             return self.resized(x)
         # eight at a time, activations recomputed: gradients of many images in little memory
-        return torch.cat([checkpoint(self.resized, part, use_reentrant=False) for part in x.split(8)])
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-class Standardise(nn.Module):
-    """Each image (of each of `groups` stacked networks) to mean 0 and deviation 1, as TensorFlow does it."""
-
-    groups = 1
-
-    def forward(self, x):
-        z = x.reshape(len(x), self.groups, -1)
-        z = z - z.mean(2, keepdim=True)
-        least = 1 / (255 * math.sqrt(z.shape[2]))  # for images of one colour
-        return (z / z.square().mean(2, keepdim=True).sqrt().clamp(min=least)).view(x.shape)
-
-
-class Widen(nn.Module):
-    """A shortcut without weights: average pooling, and zero channels on both sides."""
-
-    groups = 1
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.stride, self.sides = stride, ((c_out - c_in) // 2, (c_out - c_in + 1) // 2)
-
-    def forward(self, x):
-        x = F.avg_pool2d(x, self.stride).unflatten(1, (self.groups, -1))
-        return F.pad(x, (0, 0, 0, 0, *self.sides)).flatten(1, 2)
-
-
-class MadryBlock(nn.Module):
-    """Pre-activation block of MadryWRN; `early`: the shortcut starts behind the first activation."""
-
-    def __init__(self, c_in, c_out, stride, early):
-        super().__init__()
-        self.before = nn.Sequential(nn.BatchNorm2d(c_in, eps=1e-3), nn.LeakyReLU(0.1))
-        self.body = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out, eps=1e-3),
-            nn.LeakyReLU(0.1), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False))
-        self.shortcut = Widen(c_in, c_out, stride) if stride > 1 or c_in != c_out else nn.Identity()
-        self.early = early
-
-    def forward(self, x):
-        z = self.before(x)
-        return self.body(z) + self.shortcut(z if self.early else x)
-
-
-class MadryWRN(nn.Module):
-    """CIFAR-10 network of dissertation 3.2, after Madry et al.: 45,901,914 parameters (10 outputs).
-
-    Standardises each image inside. Widths 16, then 160, 320, 640 (width 1), five blocks each.
-    """
-
-    def __init__(self, width=1.0, outputs=10, channels=3):
-        super().__init__()
-        widths = [16, *(max(round(c * width), 16) for c in (160, 320, 640))]
-        blocks = []
-        for stage, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
-            for i in range(5):
-                blocks.append(MadryBlock(c_out if i else c_in, c_out, 1 if i or not stage else 2,
-                                         early=not i and not stage))
-        self.body = nn.Sequential(Standardise(), nn.Conv2d(channels, 16, 3, 1, 1, bias=False), *blocks,
-                                  nn.BatchNorm2d(widths[-1], eps=1e-3), nn.LeakyReLU(0.1))
-        self.head = nn.Linear(widths[-1], outputs)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
-
-    def features(self, x):
-        return self.body(x).mean((2, 3))  # [B, 640 width]
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-class GroupedLinear(nn.Module):
-    """`groups` linear layers side by side: [B, groups * c_in] -> [B, groups * c_out]."""
-
-    def __init__(self, groups, c_in, c_out):
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.zeros(groups, c_out, c_in))  # not a view: autocast keeps a copy
-        self.bias = nn.Parameter(torch.zeros(groups * c_out))
-
-    def forward(self, x):
-        x = x.unflatten(1, (self.groups, -1)).permute(1, 2, 0)                  # [groups, c_in, B]
-        return (self.weight @ x).permute(2, 0, 1).flatten(1) + self.bias
-
-
-def side_by_side(nets):
-    """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
-
-    A convolution of K networks is one convolution in K groups. Every tensor of the result's state_dict is
-    that of the K networks laid end to end, so part_of() takes them apart again. Convolutions are plain
-    ones: no dilation. BatchNorm: in eval mode.
-    """
-    K, wide = len(nets), copy.deepcopy(nets[0])
-    for parent in list(wide.modules()) if K > 1 else ():
-        for name, m in parent.named_children():
-            if isinstance(m, nn.Conv2d):
-                setattr(parent, name, nn.Conv2d(
-                    K * m.in_channels, K * m.out_channels, m.kernel_size, m.stride, m.padding, groups=K,
-                    bias=m.bias is not None))
-            elif isinstance(m, nn.Linear):
-                setattr(parent, name, GroupedLinear(K, m.in_features, m.out_features))
-            elif isinstance(m, nn.BatchNorm2d):
-                setattr(parent, name, nn.BatchNorm2d(K * m.num_features, eps=m.eps))
-            elif hasattr(m, "groups"):
-                m.groups = K
-            elif next(m.parameters(recurse=False), None) is not None:
-                raise TypeError(f"side_by_side: no way to group a {type(m).__name__}")
-    states = [net.state_dict() for net in nets]
-    wide.load_state_dict({key: torch.cat([state[key] for state in states]).view_as(value) if value.dim()
-                          else states[0][key] for key, value in wide.state_dict().items()})
-    wide.train(nets[0].training)
-    return wide.to(next(nets[0].parameters()).device, memory_format=torch.channels_last)
-
-
-def part_of(wide, K, k, net):
-    """The k-th (from 0) of the K networks that side_by_side() joined, as its weights for `net`, filled in."""
-    own = net.state_dict()
-    net.load_state_dict({key: value.chunk(K)[k].reshape(own[key].shape) if value.dim() else value
-                         for key, value in wide.state_dict().items()})
-    return net
-
-
-class Block(nn.Module):
-    """Residual block of CIFAR ResNets: two 3x3 convolutions, or 1x1, 3x3, 1x1 (bottleneck, 4x wider out)."""
-
-    def __init__(self, c_in, width, stride, bottleneck):
-        super().__init__()
-        c_out = 4 * width if bottleneck else width
-        shape = [(c_in, width, 1, 1), (width, width, 3, stride), (width, c_out, 1, 1)] if bottleneck else \
-                [(c_in, width, 3, stride), (width, c_out, 3, 1)]
-        layers = [nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o))
-                  for i, o, k, s in shape]
-        self.main = nn.Sequential(*itertools.chain(*[(m, nn.ReLU()) for m in layers]))[:-1]  # ReLU after sum
-        self.shortcut = nn.Identity() if (c_in, stride) == (c_out, 1) else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-
-    def forward(self, x):
-        return F.relu(self.main(x) + self.shortcut(x))
-
-
-class ResNet(nn.Module):
-    """Small-image ResNet-18 or -50: 3x3 stem, no max-pool, strides 1, 2, 2, 2. [B, C, H, W] -> [B, outputs].
-
-    width multiplies 64/128/256/512: 18 at 0.5 has 2,795,297 parameters, 50 23,502,401 (1 output, 3 channels).
-    Inputs are normalised inside, by MadryLab's CIFAR constants for three channels, by .5 / .5 for one.
-    """
-
-    def __init__(self, depth=18, width=1.0, outputs=1, channels=3):
-        super().__init__()
-        bottleneck, counts = {18: (False, (2, 2, 2, 2)), 50: (True, (3, 4, 6, 3))}[depth]
-        mean, std = ((.4914, .4822, .4465), (.2023, .1994, .2010)) if channels == 3 else ((.5,), (.5,))
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        c = round(64 * width)
-        layers = [nn.Conv2d(channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
-        for stage, count in enumerate(counts):
-            w = round(64 * 2 ** stage * width)
-            for i in range(count):
-                layers.append(Block(c, w, 2 if stage and not i else 1, bottleneck))
-                c = 4 * w if bottleneck else w
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(c, outputs)
-
-    def features(self, x):
-        return self.body((x - self.mean) / self.std).mean((2, 3))  # [B, 512 width] or [B, 2048]
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-class ResBlk(nn.Module):
-    """Pre-activation residual block, no normalisation, that halves the side; the sum is divided by sqrt 2."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(c_in, c_in, 3, 1, 1), nn.Conv2d(c_in, c_out, 3, 1, 1)
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
-
-    def forward(self, x):
-        y = self.conv2(F.leaky_relu(F.avg_pool2d(self.conv1(F.leaky_relu(x, 0.2)), 2), 0.2))
-        return (y + F.avg_pool2d(self.skip(x), 2)) / math.sqrt(2)
-
-
-class ResBlockD(nn.Module):
-    """The D of dissertation Tab. 2.2 (stem 3x3, as in its code). [B, 3, S, S] -> [B, outputs].
-
-    20,851,777 parameters at 256. Rule for other powers of two: stem width 2^14 / side, doubling to at most
-    512, log2(side) - 2 blocks down to 4x4.
-    """
-
-    def __init__(self, side=256, outputs=1, channels=3):
-        super().__init__()
-        if side < 8 or side & (side - 1):
-            raise UserError(f"the residual D takes sides that are powers of two from 8 on, not {side}")
-        self.register_buffer("mean", torch.tensor((.485, .456, .406)[:channels]).view(1, -1, 1, 1),
-                             persistent=False)
-        self.register_buffer("std", torch.tensor((.229, .224, .225)[:channels]).view(1, -1, 1, 1),
-                             persistent=False)
-        c = min(2 ** 14 // side, 512)
-        layers = [nn.Conv2d(channels, c, 3, 1, 1)]
-        for _ in range(int(math.log2(side)) - 2):
-            layers.append(ResBlk(c, min(2 * c, 512)))
-            c = min(2 * c, 512)
-        self.body = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2),
-                                  nn.Flatten())
-        self.head = nn.Linear(c, outputs)
-
-    def features(self, x):
-        return self.body((x - self.mean) / self.std)  # [B, 512]
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
+        parts = [checkpoint(self.resized, part, use_reentrant=False) for part in x.split(8)]
+        return torch.cat(parts)
 
 def weights_at_hand(name, data_dir):
     """torchvision's weight file of that name in data_dir or in torch's hub folder, or None."""
-    places = [Path(data_dir) / name, Path(torch.hub.get_dir()) / "checkpoints" / name]
-    return next((p for p in places if p.exists()), None)
-
+    for file in (Path(data_dir) / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
+        if file.exists():
+            return file
+    return None
 
 def read_weights(net, file, what):
     """Load torchvision's weights of a network; UserError when the file holds something else."""
@@ -1147,50 +1170,8 @@ def read_weights(net, file, what):
     except Exception as error:
         raise UserError(f"{file}: not torchvision's {what} weights ({type(error).__name__})") from None
 
-
-class VGGMaps(nn.Module):
-    """A feature map of torchvision's VGG-16: [B, 3 or 1, H, W] in [0, 1] -> [B, C_j, H_j, W_j].
-
-    layer: index in its `features`; 3, 8, 15, 22 are relu1_2, relu2_2, relu3_3, relu4_3. shape: (C, H, W) of
-    the images. Frozen, in eval mode.
-    """
-    FILE = "vgg16-397923af.pth"
-
-    def __init__(self, file, layer, shape):
-        super().__init__()
-        net = torchvision.models.vgg16(weights=None, init_weights=False)
-        read_weights(net, file, "VGG-16")
-        self.body = net.features[:layer + 1]
-        for key, value in (("mean", (.485, .456, .406)), ("std", (.229, .224, .225))):
-            self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
-        self.eval().requires_grad_(False)
-        try:
-            net.features[layer], self(torch.zeros(1, *shape))  # such a layer, and pixels left
-        except (IndexError, RuntimeError):
-            raise UserError(f"VGG-16 has no such layer for images {tuple(shape)}: try 3, 8 or 15") from None
-
-    def forward(self, x):
-        return self.body((x.expand(-1, 3, -1, -1) - self.mean) / self.std)
-
-
-def feature_maps(net, layer):
-    """A layer's output of a network trained here: images -> maps [B, C_j, H_j, W_j]; "body.8" names a layer.
-
-    Shares the network's weights, leaves the layers behind it out. UserError for a layer it does not have.
-    """
-    try:
-        part = create_feature_extractor(net, {layer: "maps"})
-    except Exception as error:
-        raise UserError(f"no feature maps at layer '{layer}' of {type(net).__name__}: "
-                        f"{first_line(error)}") from None
-    return lambda x: part(x)["maps"]
-
-
 class InceptionFeatures(nn.Module):
-    """torchvision's Inception-V3: [B, 3 or 1, H, W] in [0, 1] -> 2048 features; forward: 1000 logits.
-
-    For Frechet distances. Not the TensorFlow weights of the FID literature: numbers differ by some tenths.
-    """
+    """torchvision's Inception-V3, for FID (not the literature's TensorFlow weights): features [B, 2048]."""
     FILE = "inception_v3_google-0cc3c7bd.pth"
 
     def __init__(self, file=None):
@@ -1200,57 +1181,120 @@ class InceptionFeatures(nn.Module):
             read_weights(self.net, file, "Inception-V3")
         self.head, self.net.fc = self.net.fc, nn.Identity()
         self.eval()
-
-    @classmethod
-    def at_hand(cls, data_dir):
-        """The weight file in data_dir or in torch's hub folder, or None."""
-        return weights_at_hand(cls.FILE, data_dir)
-
     def features(self, x):
-        x = x.expand(-1, 3, -1, -1)
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False, antialias=True)
-        return self.net(2 * x - 1)  # [B, 2048]
+        x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear", antialias=True)
+        return self.net(2 * x - 1)
 
+# --- K networks side by side (dissertation 3.2, 3.4) ------------------------------------------------------
+class GroupedLinear(nn.Module):
+    """`groups` linear layers side by side: [B, groups * c_in] -> [B, groups * c_out]."""
+    def __init__(self, groups, c_in, c_out):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(groups, c_out, c_in))  # not a view: autocast keeps a copy
+        self.bias = nn.Parameter(torch.zeros(groups * c_out))
     def forward(self, x):
-        return self.head(self.features(x))
+        x = x.unflatten(1, (self.groups, -1)).permute(1, 2, 0)                  # [groups, c_in, B]
+        return (self.weight @ x).permute(2, 0, 1).flatten(1) + self.bias
 
+def side_by_side(nets):
+    """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
 
+    A convolution of K networks is one in K groups (no dilation; BatchNorm in eval mode). Tensors of its
+    state_dict are those of the K networks laid end to end: part_of() takes them apart again.
+    """
+    K, wide = len(nets), copy.deepcopy(nets[0])
+    if K > 1:
+        for parent in list(wide.modules()):
+            for name, layer in parent.named_children():
+                setattr(parent, name, _grouped(layer, K))
+    states = [net.state_dict() for net in nets]
+    joined = {}
+    for key, mine in wide.state_dict().items():
+        parts = [state[key] for state in states]
+        joined[key] = torch.cat(parts).view_as(mine) if mine.dim() else parts[0]
+    wide.load_state_dict(joined)
+    wide.train(nets[0].training)
+    return to_device(wide, next(nets[0].parameters()).device)
+
+def _grouped(m, K):
+    """The layer that does what K layers such as m do, side by side."""
+    if isinstance(m, nn.Conv2d):
+        return nn.Conv2d(K * m.in_channels, K * m.out_channels, m.kernel_size, m.stride, m.padding, groups=K,
+                         bias=m.bias is not None)
+    if isinstance(m, nn.Linear):
+        return GroupedLinear(K, m.in_features, m.out_features)
+    if isinstance(m, nn.BatchNorm2d):
+        return nn.BatchNorm2d(K * m.num_features, eps=m.eps)
+    if hasattr(m, "groups"):
+        m.groups = K
+    elif next(m.parameters(recurse=False), None) is not None:
+        raise TypeError(f"side_by_side: no way to group a {type(m).__name__}")
+    return m
+
+def part_of(wide, K, k, net):
+    """The k-th (from 0) of the K networks that side_by_side() joined, as its weights for `net`, filled in."""
+    own, mine = net.state_dict(), {}
+    for key, joined in wide.state_dict().items():
+        mine[key] = joined.chunk(K)[k].reshape(own[key].shape) if joined.dim() else joined
+    net.load_state_dict(mine)
+    return net
+
+# --- networks of the dissertation, ch. 2 and 3.3 ----------------------------------------------------------
+class ResNet(Pooled):
+    """ResNet-18 or -50 for small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2; normalised inside.
+
+    width multiplies 64/128/256/512: 18 at 0.5 has 2,795,297 parameters, 50 23,502,401 (1 output, 3 channels).
+    """
+    def __init__(self, depth=18, width=1.0, outputs=1, channels=3):
+        super().__init__()
+        block, counts = {18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3))}[depth]
+        if channels == 3:
+            _normalising(self, (.4914, .4822, .4465), (.2023, .1994, .2010))
+        else:
+            _normalising(self, (.5,), (.5,))
+        c = round(64 * width)
+        layers = [nn.Conv2d(channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        for stage, count in enumerate(counts):
+            w = round(64 * 2 ** stage * width)
+            for i in range(count):
+                c_in, c = c, w * block.expansion
+                stride, shortcut = 2 if stage and not i else 1, None
+                if (c_in, stride) != (c, 1):
+                    convolution = nn.Conv2d(c_in, c, 1, stride, bias=False)
+                    shortcut = nn.Sequential(convolution, nn.BatchNorm2d(c))
+                layers.append(block(c_in, w, stride, shortcut))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(c, outputs)
+    def features(self, x):
+        return self.body((x - self.mean) / self.std).mean((2, 3))  # [B, 512 width] or [B, 2048]
+
+# --- features, a network by name, a trained classifier ----------------------------------------------------
 def feature_network(data, data_dir, classifier):
     """Of a Frechet distance: ("FID", Inception-V3) for colour images where its weights are at hand, else
-    ("FD-cls", the classifier)."""
-    file = data.shape[0] == 3 and InceptionFeatures.at_hand(data_dir)
-    if not file:
-        return "FD-cls", classifier
-    return "FID", InceptionFeatures(file).to(next(classifier.parameters()).device)
-
+    ("FD-cls", the classifier). classifier: as once() makes it."""
+    file = weights_at_hand(InceptionFeatures.FILE, data_dir)
+    if data.shape[0] == 3 and file:
+        return "FID", InceptionFeatures(file)
+    return "FD-cls", classifier()
 
 @torch.no_grad()
 def feature_statistics(network, x):
     """Mean [d] and covariance [d, d], float64, of the features of images [N, C, H, W] in [0, 1]."""
-    z = torch.cat([network.features(part).cpu().double() for part in x.split(250)])
+    z = by_parts(network.to(x.device).features, x, 250).cpu().double()
     return z.mean(0), torch.cov(z.T)
-
 
 def make_net(name, outputs, shape, width=1.0):
     """A network by name for images of shape (C, H, W); the names are the keys below."""
     c, side, _ = shape
-    levels = 2 if side <= 32 else 3 if side <= 64 else 4  # of a U-Net
-    made = {"plain": lambda: PlainCNN(round(32 * width), outputs, c, side),
-            "mnist_cnn": lambda: MnistCNN(outputs, c, side, width),
+    made = {"mnist_cnn": lambda: MnistCNN(outputs, c, side, width),
+            "small_cnn": lambda: SmallCNN(round(16 * width), outputs, c),
             "resnet18": lambda: ResNet(18, width, outputs, c),
             "resnet50": lambda: ResNet(50, width, outputs, c),
-            "resblock_d": lambda: ResBlockD(side, outputs, c),
-            "small_cnn": lambda: SmallCNN(round(16 * width), outputs, c),
             "wrn16": lambda: WideResNet(16, width, outputs, c),  # width: the widening factor
             "wrn28": lambda: WideResNet(28, width, outputs, c),
-            "madry_wrn": lambda: MadryWRN(width, outputs, c),
             "light_ebm": lambda: LightEBM(round(32 * width), c, side),
             "sngan": lambda: SNGANEnergy(width, outputs, c, side),
-            "sngan_generator": lambda: SNGANGenerator(width, c, side),  # takes z [B, 128]
-            "fixer": lambda: FixerNet(round(64 * width), c, 4 if side <= 32 else 6),  # image to image
-            "biggan_deep": lambda: BigGANEnergy(round(48 * width), c),
-            "unet": lambda: UNet(round(16 * width), outputs, c, levels),
-            "score": lambda: UNet(round(16 * width), c, c, levels, norm=False),
             "efficientnet_b7": lambda: Pretrained("efficientnet_b7", outputs, 600),
             "pretrained50": lambda: Pretrained("resnet50", outputs, 224)}
     if name not in made:
@@ -1260,18 +1304,17 @@ def make_net(name, outputs, shape, width=1.0):
     except (ArithmeticError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"no {name} of width {width} for images {tuple(shape)}: {error}") from None
 
+@seeded
+def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, augment="none", adversary=None,
+                     made_from=None, shared=False):
+    """A classifier of labelled Images -> the network, in eval mode, with frozen weights.
 
-@torch.enable_grad()  # also when the first use of the features stands inside no_grad
-def train_classifier(run, data, classes, net, width, iterations, name="classifier", sgd=0.0, batch=128,
-                     augment=None, adversary=None, made_with=None):
-    """A classifier of a labelled set (Images), returned in eval mode. Goes on from its checkpoint NAME.pt.
-
-    Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9, weight decay 2e-4), a tenth of it from
-    40 % of the updates on, a hundredth from 60 %. augment: none, crop, crop_flip (default: that, of colour).
-    adversary(model, x, y) -> x is applied to each batch (adversarial training); it says so in made_with.
+    build() makes the untrained network. Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9,
+    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: none, crop,
+    crop_flip. adversary(model, x, y) -> x: attacks each batch (adversarial training). Labels [N], or masks
+    [N, S, S] for a map of logits. shared: kept where other scripts that train the same find it.
     """
-    torch.manual_seed(run.args.seed)
-    model = make_net(net, classes, data.shape, width).to(run.device, memory_format=torch.channels_last)
+    model = to_device(build(), run.device)
     if sgd:
         optimizer = torch.optim.SGD(model.parameters(), sgd, momentum=0.9, weight_decay=2e-4)
         drops = [round(iterations * 0.4), round(iterations * 0.6)]
@@ -1279,25 +1322,16 @@ def train_classifier(run, data, classes, net, width, iterations, name="classifie
     else:
         optimizer = torch.optim.Adam(model.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(iterations, 4))
-    augment = augment or ("crop_flip" if data.shape[0] == 3 else "none")
-    made_with = {"net": net, "width": width, "iterations": iterations, "seed": run.args.seed,
-                 "budget": run.args.budget, "images": [len(data), *data.shape], "sgd": sgd, "batch": batch,
-                 "augment": augment, **(made_with or {})}
-    file, every = run.folder / f"{name}.pt", max(iterations // 5, 1)
-    state = load_checkpoint(file, made_with) or {"it": 0, "rows": []}
-    if state["it"]:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    if state["it"] < iterations:
-        print(f"training {name}: {net}, {iterations} updates", flush=True)
-        log = Log(run.folder / f"log-{name}.csv", iterations, state["rows"], show=("loss", "accuracy"))
-        stream = batches(data, batch, run.args.seed + 2, state["it"], "none", run.device)
-    for it in range(state["it"] + 1, iterations + 1):
-        x, i = next(stream)
-        y = data.y[i.to(data.y.device)].to(run.device).long()  # labels [B], or masks [B, S, S]
+    made_from = {"network": model, "updates": iterations, "batch": batch, "sgd": sgd, "augment": augment,
+                 "images": data, "adversary": adversary, **(made_from or {})}
+    training = Training(run, name, made_from, unique=shared, folder=run.shared if shared else None,
+                        model=model, optimizer=optimizer, schedule=schedule)
+    stream = batches(data, batch, run.seed + 2, training.it, "none", run.device)
+    for it in training.updates(iterations):
+        x, index = next(stream)
+        y = data.y[index.to(data.y.device)].to(run.device).long()
         if augment != "none":
-            x = crop_flip(x, run.args.seed + 2 + 31 * (it - 1), flip=augment == "crop_flip")
+            x = crop_flip(x, run.seed + 2 + 31 * (it - 1), flip=augment == "crop_flip")
         if adversary:
             x = adversary(model, x, y)
         model.train()
@@ -1308,156 +1342,92 @@ def train_classifier(run, data, classes, net, width, iterations, name="classifie
         loss.backward()
         optimizer.step()
         schedule.step()
-        if it % every == 0 or it == iterations:
-            log.add(it, loss=loss.item(), accuracy=(logits.argmax(1) == y).float().mean().item())
-            save_checkpoint(file, made_with, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            schedule=schedule.state_dict(), it=it, rows=log.rows)
-    return model.eval()
+        training.log(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
+    return model.eval().requires_grad_(False)
 
+# === file formats and devices: you need not read on =========================================================
+def _fingerprint(tensors):
+    """Eight hex digits of the bytes of tensors."""
+    digest = hashlib.sha1()
+    for tensor in tensors:
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return "#" + digest.hexdigest()[:8]
 
-def updates(run, name, total, made_with, parts, show, log_every, save_every, cost=None, unit="update"):
-    """Count the updates of a training: yields (it, row), it = 1 ... total, with log-NAME.csv and NAME.pt.
+def _identity(thing):
+    """What a checkpoint remembers of a thing it was made from: numbers and texts, else a fingerprint."""
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        return thing
+    if isinstance(thing, torch.Tensor):
+        return _fingerprint([thing])
+    if isinstance(thing, nn.Module):
+        return _fingerprint([tensor for _, tensor in sorted(thing.state_dict().items())])
+    if isinstance(thing, Images):
+        return _fingerprint([thing.x, thing.y])
+    if isinstance(thing, Pictures):
+        about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in thing.files]
+        return "#" + hashlib.sha1(str(about).encode()).hexdigest()[:8]
+    if isinstance(thing, functools.partial):
+        return [thing.func.__name__, _identity(thing.args), _identity(thing.keywords)]
+    if isinstance(thing, dict):
+        return {key: _identity(part) for key, part in thing.items()}
+    if isinstance(thing, (tuple, list)) and not hasattr(thing, "_fields"):
+        return [_identity(part) for part in thing]
+    return getattr(thing, "__name__", str(thing))  # a function; a NamedTuple says its name and fields
 
-    The loop fills `row` with numbers; every log_every updates their means are a line of the log. parts {name:
-    module, optimizer or tensor} is what a checkpoint holds: an interrupted training goes on where it was, a
-    finished one yields nothing; either way the parts are restored, in place. row["stop"] = True: finished
-    early. cost(): seconds an update, said beforehand. unit: what is counted, if not updates. Raises Diverged
-    when a number is not finite.
-    """
-    file = run.folder / f"{name}.pt"
-    state = load_checkpoint(file, made_with) or {"it": 0, "rows": [], "since": []}
-    for key, part in parts.items() if state["it"] else ():
-        part.copy_(state[key]) if isinstance(part, torch.Tensor) else part.load_state_dict(state[key])
-    if state["it"] >= total:
-        return
-    expected = f", some {(total - state['it']) * cost():.0f} s at this machine's speed" if cost else ""
-    print(f"training {name}: {total - state['it']} {unit}s{expected}", flush=True)
-    log, since = Log(run.folder / f"log-{name}.csv", total, state["rows"], show), state["since"]
-    for it in range(state["it"] + 1, total + 1):
-        row = {}
-        yield it, row
-        finished = row.pop("stop", False) or it == total
-        since.append(row)
-        finite = all(math.isfinite(v) for v in row.values())
-        if it % log_every == 0 or finished or not finite:
-            log.add(it, **{k: sum(r[k] for r in since) / len(since) for k in row})
-            since = []
-        if not finite:
-            raise Diverged(f"training {name} diverged at {unit} {it}: a number is not finite; try a lower "
-                           "learning rate", log.rows)
-        if it % save_every == 0 or finished:
-            save_checkpoint(file, made_with, it=total if finished else it, rows=log.rows, since=since, **{
-                key: part if isinstance(part, torch.Tensor) else part.state_dict()
-                for key, part in parts.items()})
-        if finished:
-            return
-
-
-def bfloat16_units(device):
-    """Whether the processor computes in bfloat16: a GPU from Ampere on, a CPU with AMX or AVX512-BF16."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.device(device).type == "cpu" and any(
-        getattr(torch.cpu, f, bool)() for f in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-
-
-def fast_precision(device):
-    """bfloat16 autocast where the processor has units for it, else a no-op."""
-    kind = torch.device(device).type
-    return (torch.autocast(kind, dtype=torch.bfloat16) if bfloat16_units(device)
-            else contextlib.nullcontext())
-
-
-def captured(once):
-    """Record once(), which changes CUDA tensors in place, as a CUDA graph -> a function that replays it.
-
-    A replay launches everything at once: small networks are otherwise bound by kernel launches. Random
-    numbers differ from replay to replay (the default generator is registered with the graph).
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up outside the graph, as PyTorch asks
-        for _ in range(3):
-            once()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    return graph.replay
-
-
-def throughput(sampler, x, seconds):
-    """Images x steps / s of sampler(x, steps) -> (x, a 0-d tensor); random generators stay as they were."""
-    with torch.random.fork_rng():
-        sampler(x, 2)[1].item()  # warm-up; .item() waits for the device
-        steps, done, start = 4, 0, time.time()
-        while time.time() - start < seconds or not done:
-            sampler(x, steps)[1].item()
-            done += steps
-            steps = min(2 * steps, 256) if time.time() - start < seconds / 4 else steps  # fewer waits
-    return done * len(x) / (time.time() - start)
-
-
-def matrix_rate(device, side=2048):
-    """Operations / s of a square matrix product, in bfloat16 where the processor has units for it."""
-    a = torch.rand(side, side, device=device).to(torch.bfloat16 if bfloat16_units(device) else torch.float32)
-    (a @ a).sum().item()
-    start = time.time()
-    for _ in range(20):
-        product = a @ a
-    product.sum().item()
-    return 20 * 2 * side ** 3 / (time.time() - start)
-
-
-# --- 3. checkpoints -----------------------------------------------------------------------------------------
-
-def write_text(file, text):
-    """Write a small file whole or not at all: to a temporary name, then renamed."""
-    scratch = Path(f"{file}.tmp")
-    scratch.write_text(text)
-    os.replace(scratch, file)
-
-
-def save_checkpoint(file, made_with, **state):
-    """Save tensors and plain numbers with the settings that made them and the generators' states; atomic."""
-    rng = {"cpu": torch.get_rng_state(),
-           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    scratch = Path(f"{file}.tmp")
-    torch.save({**state, "made_with": made_with, "rng": rng}, scratch)
-    os.replace(scratch, file)
-
-
-def load_checkpoint(file, made_with):
-    """The dict that save_checkpoint wrote, or None without a file; restores the generators' states.
-
-    UserError when the file is unreadable, or was made with other settings than `made_with` (it says which).
-    """
-    if not Path(file).exists():
+def _load_checkpoint(file, made_from, run):
+    """What Training saved, or None; sets the generators. UserError if it was made from something else."""
+    if not file.exists():
         return None
+    state, changed = read_checkpoint(file), []
+    if state["smoke"] and not run.smoke:
+        print(f"{file} is from a smoke run: starting over")
+        return None
+    for key in {**state["made_from"], **made_from}:
+        then, now = state["made_from"].get(key), made_from.get(key)
+        if then != now:
+            changed.append(f"{key} {then} (now {now})")
+    if changed:
+        raise UserError(f"{file} was made with {', '.join(changed)}: use the same settings and files, "
+                        "--fresh, or another --out")
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"] and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng"]["cuda"], run.device)
+    return state
+
+def read_checkpoint(file):
+    """The dict in a checkpoint; UserError when it can't be read or is not one of ours."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        then, rng = state["made_with"], state["rng"]
+        state["made_from"], state["smoke"], state["rng"]["cpu"]
     except Exception as error:
         raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}); "
                         "--fresh starts over") from None
-    if then.get("budget") == "smoke" != made_with.get("budget"):
-        print(f"{file} is from a smoke run: starting over")
-        return None
-    then, made_with = ({k: v for k, v in d.items() if k != "budget"} for d in (then, made_with))
-    other = [f"{k} {then.get(k)} (now {made_with.get(k)})" for k in {**then, **made_with}
-             if then.get(k) != made_with.get(k)]
-    if other:
-        raise UserError(f"{file} was made with {', '.join(other)}: "
-                        "use the same settings, --fresh, or another --out")
-    torch.set_rng_state(rng["cpu"].cpu())
-    if rng["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([r.cpu() for r in rng["cuda"]][:torch.cuda.device_count()])
     return state
 
+@contextlib.contextmanager
+def _own_generators(device):
+    """Inside, random numbers may be drawn and seeds set; afterwards the generators are as they were."""
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
 
-# --- 4. command line ----------------------------------------------------------------------------------------
+def _read_json(file):
+    """A JSON file as a dict; {} where there is none."""
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file}: not readable; move it away, or --fresh") from None
 
-def number(text):
+def _write_json(file, content):
+    """Write a small file whole or not at all: to a temporary name, then renamed."""
+    scratch = Path(f"{file}.tmp")
+    scratch.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    os.replace(scratch, file)
+
+def _number(text):
     """A non-negative number that may be a fraction: '8/255' -> 0.0314, 'inf' allowed."""
     try:
         value = float(Fraction(text)) if "/" in text else float(text)
@@ -1467,321 +1437,46 @@ def number(text):
         raise argparse.ArgumentTypeError(f"'{text}' must be at least 0")
     return value
 
-
-def whole(text):
+def _whole(text):
     """A whole number from 0 on."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
     return int(text)
 
-
-def at_least(least, settings, *names):
-    """UserError where one of these settings is below `least`."""
-    for name in names:
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
-
-
-def comments_of(cls):
-    """The comment behind each field of a dataclass: the help of its flag."""
-    found = re.findall(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", inspect.getsource(cls), re.M)
-    return {name: comment.replace("%", "%%") for name, comment in found}
-
-
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage before it; one line is what a reader wants
         raise UserError(message)
 
-
-@dataclasses.dataclass
-class Experiment:
-    """One table or figure of the source: its function, what it shows, its cost, and the published numbers."""
-    function: object
-    shows: str
-    cost: str = ""
-    headline: bool = False
-    published: dict = dataclasses.field(default_factory=dict)  # data set: {quantity: number}
-
-
-def parse_args(doc, settings, experiments, argv=None):
-    """Flags: common ones, and one per field of a script's Settings. Returns args with .settings filled."""
-    sets = list(settings)
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--dataset", "--data", default=sets[0], metavar="NAME",
-                   help=f"{', '.join(sets)} (default: {sets[0]})")
-    p.add_argument("--budget", default="quick",
-                   help="smoke (seconds, learns nothing), quick (default), paper (the source's settings)")
-    p.add_argument("--only", nargs="+", metavar="EXPERIMENT",
-                   help="run these experiments instead of the headline ones")
-    p.add_argument("--list", action="store_true",
-                   help="list the experiments with costs and published numbers")
-    p.add_argument("--images", type=whole, metavar="N", help="number of images to evaluate on")
-    p.add_argument("--data-dir", type=Path, default=Path("data"),
-                   help="where NAME.npz and image folders lie (default: data)")
-    p.add_argument("--out", type=Path, default=Path("runs"),
-                   help="where the run's folder is made (default: runs)")
-    p.add_argument("--seed", type=whole, default=0, help="of everything random (default: 0)")
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
-    p.add_argument("--fresh", action="store_true",
-                   help="start over: drop this run's checkpoints, log and results")
-    any_settings = next(iter(next(iter(settings.values())).values()))
-    fields, comments = dataclasses.fields(any_settings), comments_of(type(any_settings))
-    for f in fields:
-        if f.name in ("images", "seed"):  # common to all scripts, above
-            continue
-        kind = {"int": whole, "float": number, "str": str}[
-            f.type if isinstance(f.type, str) else f.type.__name__]
-        p.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="VALUE",
-                       help=comments.get(f.name))
-    args = p.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else list(argv)
-    if args.seed >= 2 ** 31:
-        raise UserError("--seed must be below 2147483648")
-    if args.dataset not in settings:
-        raise UserError(f"unknown --dataset '{args.dataset}'; known: {', '.join(sets)}")
-    if args.budget not in settings[args.dataset]:
-        raise UserError(f"unknown --budget '{args.budget}'; known for {args.dataset}: "
-                        f"{', '.join(settings[args.dataset])}")
-    for name in args.only or []:
-        if name not in experiments:
-            raise UserError(f"unknown experiment '{name}'; known: {', '.join(experiments)}")
-    changes = {f.name: getattr(args, f.name) for f in fields if getattr(args, f.name) is not None}
-    args.settings = dataclasses.replace(settings[args.dataset][args.budget], **changes)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name):
+    """The name of a device that works here; UserError else."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("mps"):
+        raise UserError("--device mps: it lacks the float64 that these scripts need; take --device cpu")
     try:
-        torch.zeros(1, device=args.device)
-        if args.device.startswith("cuda:"):
-            torch.cuda.set_device(args.device)  # streams and graphs are made on the current device
+        torch.zeros(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)  # streams and graphs are made on the current device
     except Exception:
-        raise UserError(f"--device {args.device}: not available here; try --device cpu") from None
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; what may be rounded asks for bfloat16
-    if args.list:
-        print_list(experiments)
-        raise SystemExit(0)
-    args.only = args.only or [name for name, e in experiments.items() if e.headline]
-    return args
+        raise UserError(f"--device {name}: not available here; try --device cpu") from None
+    return name
 
-
-def print_list(experiments):
-    """--list: one line an experiment, headline ones marked, published numbers below."""
-    for name, e in experiments.items():
-        print(f"{'*' if e.headline else ' '} {name:12} {e.shows}" + (f" [{e.cost}]" if e.cost else ""))
-        for dataset, numbers in e.published.items():
-            print(" " * 15 + f"published, {dataset}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
-    print("* runs without --only; [time on two cores of an AMD EPYC, default data set, budget quick]")
-
-
-def call(main):
-    """Run a script's main: UserError is one line on stderr and exit code 2, Diverged the same with code 1."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(complain(error, 2))
-    except Diverged as error:
-        sys.exit(complain(error, 1))
-    except KeyboardInterrupt:
-        sys.exit(complain("interrupted; the same command, less --fresh, goes on where it was", 130))
-
-
-def complain(error, code):
-    """Print an exception in one line on stderr; returns the exit code."""
-    print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
-    return code
-
-
-def wilson(successes, n):
-    """95 % Wilson interval [low, high] of a rate."""
-    z, p = 1.959964, successes / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)]
-
-
-def rate(name, ok):
-    """A rate and its 95 % Wilson interval from bool [n]: {name: share, "name, 95 %": [low, high]}."""
-    return {name: ok.float().mean().item(), f"{name}, 95 %": wilson(int(ok.sum()), len(ok))}
-
-
-def curves(panels, ylabel, **axis_settings):
-    """A row of panels {xlabel: {label: {x: y}}} with one y axis -> matplotlib figure."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.8 * len(panels), 3.3), sharey=True,
-                                squeeze=False, layout="constrained")
-    for axis, (xlabel, lines) in zip(axes[0], panels.items()):
-        for label, points in lines.items():
-            axis.plot(list(points), list(points.values()), "o-", ms=3, label=label)
-        axis.set(xlabel=xlabel, **axis_settings)
-        axis.legend(fontsize=8)
-        ticks = sorted({x for points in lines.values() for x in points})
-        if axis_settings.get("xscale") == "log" and len(ticks) < 7:  # else labels of minor ticks overlap
-            axis.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
-            axis.minorticks_off()
-    axes[0, 0].set_ylabel(ylabel)
-    return figure
-
-
-def histograms(panels, bins=20, **axis_settings):
-    """Rows of panels [[(title, {label: values}), ...], ...]; a column shares x -> matplotlib figure."""
-    figure, axes = plt.subplots(len(panels), len(panels[0]), figsize=(1 + 3.8 * len(panels[0]),
-                                1 + 1.6 * len(panels)), sharex="col", squeeze=False, layout="constrained")
-    for axis, (title, groups) in zip(axes.flat, itertools.chain(*panels)):
-        for i, (label, values) in enumerate(groups.items()):
-            axis.hist(values.tolist(), bins, density=True, alpha=0.6, color=f"C{i}", label=label)
-            axis.axvline(values.mean().item(), color=f"C{i}", ls="--", lw=1)
-        axis.set_title(title, fontsize=9)
-        axis.set(yticks=[], **axis_settings)
-        axis.legend(fontsize=8)
-    return figure
-
-
-def picture_rows(rows, columns):
-    """A picture grid below the other: {title: float [N, C, H, W] in [0, 1]} -> matplotlib figure."""
-    high = [math.ceil(len(x) / columns) / columns for x in rows.values()]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 9 * sum(high) + 0.4 * len(rows)), squeeze=False,
-                                height_ratios=high, layout="constrained")
-    for axis, (title, x) in zip(axes[:, 0], rows.items()):
-        picture_grid(axis, x, columns, title)
-    return figure
-
-
-def picture_grid(axis, x, columns, title):
-    """Draw images float [N, C, H, W] in [0, 1] as a grid on a matplotlib axis."""
-    pixels = make_grid(x.detach().cpu(), columns, padding=1, pad_value=0.5)
-    axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_title(title, fontsize=10)
-    axis.axis("off")
-
-
-def class_colours(mask):
-    """Classes [N, S, S], 0 the background -> a colour each on black, float [N, 3, S, S] in [0, 1]."""
-    colours = torch.tensor(((0, 0, 0), *plt.get_cmap("tab10").colors), dtype=torch.float32)
-    return colours[torch.where(mask > 0, (mask.long() - 1) % 10 + 1, 0).cpu()].permute(0, 3, 1, 2)
-
-
-def hardware(device):
+def _hardware(device):
     """The processor's name, for the record."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration):
-        model = next(r for r in Path("/proc/cpuinfo").read_text().splitlines() if r.startswith("model name"))
-        return f"{model.split(':')[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
-
-def own_randomness(function):
-    """function(lab, ...) with generators seeded by --seed; the caller's stay as they were.
-
-    So an experiment's numbers do not depend on which experiment trained a model or made an attack first.
-    """
-    @functools.wraps(function)
-    def wrapped(lab, *arguments, **options):
-        with torch.random.fork_rng():
-            torch.manual_seed(lab.args.seed)
-            return function(lab, *arguments, **options)
-    return wrapped
-
-
-def shown(value):
-    """A number in a table: four digits, five of an AUC that is nearly 1."""
-    return f"{value:.{5 if 0.99 < value < 1 else 4}g}" if isinstance(value, float) else str(value)
-
-
-class Run:
-    """One run's folder OUT/SCRIPT-DATASET: config.json, log*.csv, checkpoints, pictures, results.json."""
-
-    def __init__(self, script, args, **about):
-        self.script, self.args, self.settings, self.device = (
-            script, args, args.settings, torch.device(args.device))
-        self.folder = args.out / f"{script}-{args.dataset}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot make {self.folder} ({error.strerror})") from None
-        if args.fresh:
-            for file in itertools.chain(*[self.folder.glob(p) for p in
-                                          ("*.pt", "*.csv", "*.json", "*.png", "*.tmp")]):
-                file.unlink()
-        self.command = shlex.join(["python", f"{script}.py", *args.argv])
-        self.about = {"command": self.command, "hardware": hardware(args.device), "torch": torch.__version__,
-                      "budget": args.budget, "seed": args.seed, "dataset": args.dataset, **about}
-        if not (self.folder / "config.json").exists():
-            self.write_config()
-
-    def write_config(self):
-        """config.json: settings, command, versions, device of the last run that was not refused."""
-        config = {**self.about, "torchvision": torchvision.__version__, "numpy": np.__version__,
-                  "matplotlib": matplotlib.__version__, "python": platform.python_version(),
-                  "settings": dataclasses.asdict(self.settings)}
-        write_text(self.folder / "config.json", json.dumps(config, indent=1, default=str) + "\n")
-
-    def experiment(self, name, e, *arguments):
-        """Run one experiment, put its numbers into results.json beside the published ones; returns them."""
-        print(f"\n{name}: {e.shows}", flush=True)
-        torch.manual_seed(self.args.seed)  # an experiment does not depend on those before it
-        start = time.time()
-        ours = e.function(*arguments)
-        self.write_config()
-        entry = {"ours": ours, "published": e.published.get(self.args.dataset, {}), "shows": e.shows,
-                 "seconds": round(time.time() - start, 1), **self.about}
-        file = self.folder / "results.json"
-        try:
-            results = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError:
-            raise UserError(f"{file}: not readable; move it away, or --fresh") from None
-        results[name] = entry
-        write_text(file, json.dumps(results, indent=1, default=float) + "\n")
-        return entry
-
-    def save(self, figure, name):
-        """Write a figure to NAME.png and close it."""
-        figure.savefig(self.folder / f"{name}.png", dpi=110)
-        plt.close(figure)
-
-    def closing_table(self, entries):
-        """Print ours beside published, a line a number; a key's interval is under "KEY, 95 %"."""
-        print(f"\n{'experiment':12} {'quantity':52} {'ours':>20} {'published':>12}")
-        for name, entry in entries.items():
-            for key, value in entry["ours"].items():
-                if isinstance(value, (int, float)) or isinstance(value, str) and key != "sentence":
-                    text = shown(value)
-                    if interval := entry["ours"].get(f"{key}, 95 %"):
-                        text += " [{:.2f}, {:.2f}]".format(*interval)
-                    print(f"{name:12} {key:52} {text:>20} {str(entry['published'].get(key, '')):>12}")
-            for key, value in entry["published"].items():
-                if key not in entry["ours"]:
-                    print(f"{name:12} {key:52} {'':>20} {value!s:>12}")
-        print(f"\npictures, log and results.json: {self.folder}{os.sep}")
-
-
-class Log:
-    """Rows of a training run: each in a .csv file, columns `show` on the screen; in the checkpoint too."""
-
-    def __init__(self, file, total, rows=(), show=("loss",)):
-        self.file, self.total, self.rows, self.show = Path(file), total, list(rows), show
-        self.start, self.first = time.time(), None
-        self.before = self.rows[-1]["seconds"] if self.rows else 0.0
-        self.write()
-
-    def write(self):
-        """Rewrite the file from the rows: after a resume it holds what the checkpoint knows, no more."""
-        with open(self.file, "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(self.rows[0]) if self.rows else ["it"])
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def add(self, it, share=None, **numbers):
-        """it counts from 1; share is the part of all work done (default it / total); numbers are columns."""
-        spent, share = time.time() - self.start, share or it / self.total
-        self.first = self.first or (spent, share)  # a resumed run's speed is measured from its first row on
-        left = ((spent - self.first[0]) / max(share - self.first[1], 1e-9) * (1 - share)
-                if share > self.first[1] else math.nan)
-        row = {"it": it, **{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()},
-               "seconds": round(self.before + spent, 1)}
-        self.rows.append(row)
-        if len(self.rows) == 1:
-            self.write()
-        else:
-            with open(self.file, "a", newline="") as f:
-                csv.DictWriter(f, fieldnames=list(self.rows[0])).writerow(row)
-        shown = "  ".join(f"{k} {row[k]:6.4g}" for k in self.show if not math.isnan(row[k]))
-        left = "" if math.isnan(left) else f", {left:.0f} s left"
-        print(f"{it:6d}/{self.total}  {shown}  {row['seconds']:.0f} s{left}", flush=True)
+def _commit():
+    """The commit that this code is, with a + where files were changed since; "" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", here]
+        name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":(glob)*.py"], capture_output=True)
+    except OSError:
+        return ""
+    return name.stdout.strip() + "+" * (changed.returncode == 1)

@@ -2,858 +2,649 @@ r"""The Fixer: a network behind purification that repairs what Langevin chains l
 
 Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image Models", chapter 5.
 
-The idea. Purification (stochastic_security.py, lifecycle_midrun.py) moves an image along Langevin chains of
-an energy until an attack is gone. The chains leave something behind: noise of their last steps, frayed
-strokes. Some images are then misread although nobody attacked them, and no defence can hold more images than
-it reads unattacked. So learn an image-to-image network G that takes purified natural images back to the
-images they came from, and put it between the chains and the classifier: f(G(T(x))). Neither the energy nor
-the classifier changes, and no attacked image is needed to learn G.
+An attack changes an image so little that nobody sees it, and yet a naturally trained classifier f misreads
+it. Purification shows f only the end of a random walk from the image. An energy U is a network that gives an
+image one number, low for images like the training data. A chain takes many small noisy steps down that energy
+(Langevin dynamics), and loses the attack on the way. But it also frays strokes and leaves the noise of its
+last steps, so that f misreads images that nobody attacked. Here an image-to-image network G learns to lead
+purified natural images back to the images they came from, and stands in between: f(G(T(x))). Energy and
+classifier stay as they are, and G never sees an attacked image.
 
-    U(x) = V(x) / T energy, LOW = in-distribution, of lifecycle_midrun.py; frozen. T(x): K Langevin steps
-    Pixels in [0, 1] everywhere; networks scale inside. Chains are never clamped, and neither is G's output
+    U(x) = V(x) / T: energy, LOW = in-distribution; T the temperature. T(x): image x after K steps of a chain.
+    Pixels in [0, 1] everywhere; networks scale inside. Neither chains nor G's output are ever clamped.
 
-    (2.3)    a step of T: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
-    (5.1)    F(x) = E[f(G(T(x)))].  (5.2) F_H: mean of the logits of G's outputs for H chains (2.5 without G)
-    (5.3)    phase 1, pixels:      |G(T(x)) - x|^2
-    (5.4)    phase 2, perceptual:  |phi_j(G(T(x))) - phi_j(x)|^2 / (C_j H_j W_j), phi_j a layer of the loss
-             network. "Feature reconstruction": alike for a network that sees, not pixel for pixel
-    pairs    (T(x), x) of training images; T with exactly the K, eps (here tau) and T of the defence. They are
-             the cost of training and are kept in a file; every few epochs the chains are drawn anew
-    stop     phase 2 keeps the weights of the lowest validation loss and ends `patience` epochs after it
-    G(x) = x + body(x), body an SNGAN generator without up-sampling whose last layer starts at zero: the
-             identity. In eval mode wherever it defends: else BatchNorm mixes the chains of a batch
+    (2.3)  A step of a chain: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
+    (5.1)  F(x) = E[f(G(T(x)))].  (5.2) F_H: mean logits of H chains.  (5.3) Phase 1: |G(T(x)) - x|^2
+    (5.4)  Phase 2, perceptual: |phi_j(G(T(x))) - phi_j(x)|^2 / (C_j H_j W_j). phi_j is a layer of the loss
+           network: two images count as alike where that network sees the same in them.
 
-    Attacks (Alg. 1, 3: N updates, gradients averaged over H_adv chains, Eq. 2.10; what looks broken is judged
-    again by H_def fresh chains), on the same images for every defence; the lowest number is the result:
-    BPDA+EOT around G, T: the source's. Both count as identity, the gradient is taken at G's output
-    BPDA+EOT through G: G is differentiable, so an attacker differentiates it; identity for T alone
-    the same, back through the last steps of the chain too; and PGD images of f, and of f behind G, no chains
+Pairs (T(x), x) are made with exactly the chains of the defence, kept in files, and drawn anew every few
+epochs. Phase 2 keeps the weights of the lowest validation loss, on pairs that G never saw.
+Attacks are PGD (projected gradient descent: steps up the loss, back into a ball around the image). EOT
+(expectation over transformation) averages the gradient over chains. BPDA (backward pass differentiable
+approximation) takes the identity for the derivative of what has none. The source's attack goes around G and
+T, as if both were the identity. G has a derivative, so a second attack goes through G, and a third one also
+through the last steps of the chain. All meet the same images, and the lowest number is the result.
 
-Commands (measured times and numbers stand in README.md and results/):
-    python fixer.py                              rendered digits, nothing to download
-    python fixer.py --only upperbound            how much of the natural accuracy comes back
-    python fixer.py --only honesty stronger      an unseen classifier behind G; more steps, restarts
-    python fixer.py --dataset cifar10            one GPU; --list: all experiments
+Commands (two cores; all numbers: results/fixer.md):
+    python fixer.py                     7 min: accuracy under the worst attack .61, with the Fixer .94
+    python fixer.py --only upperbound   1 min more: natural accuracy .76 after one chain, 1.00 with the Fixer
+    python fixer.py --only honesty      5 min more: the same G in front of a classifier that it never saw
+    python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
+lifecycle_midrun.py is run first where the same --out holds no energy of it. The log: train is the phase's
+loss while G changes, val its loss after the epoch on pairs that G never saw.
 
-The energy is the checkpoint of lifecycle_midrun.py in the same --out; where there is none, that script is run
-first, as a command. --fresh leaves it alone. The log: a phase's loss, train in train mode while G changes,
-val after the epoch in eval mode on pairs of images that G (not f, not the energy) never saw.
-
-Differs from the source:
-  - It names no width, optimiser, rate, layer or number of pairs: four SNGAN residual blocks (six from 64
-    pixels on) of 64 channels, Adam 1e-4, relu2_2. Losses are means over pixels, which scales Eq. 5.3.
-  - Its text speaks both of warming G up as the identity and of Eq. 5.3 on purified images: the equation.
-    G as a sum is the identity before training.
-  - The loss network is VGG-16 where torchvision's weights are at hand (vgg16-397923af.pth in --data-dir),
-    else the natural classifier's own layer. Which one is printed and recorded. `honesty` asks what that does.
-  - Attacks beyond the source's (above). Natural images are judged first, wrong ones count as broken.
-  - Only ImageNet is published. Glyphs and MNIST are not in it: there tau is four times that of the energy's
-    training, as its own costs no accuracy (lifecycle_midrun.py, figure 3.3), and so leaves nothing to fix.
-    For glyphs eps is twice that of the other scripts, for attacks to break something.
+Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or, without
+its weights (vgg16-397923af.pth in --data-dir), a layer of f. Naturally wrong images count as broken. Glyphs
+and MNIST are not in the source; their tau is four times the energy's own, as cooler chains spoil nothing.
 """
+
 import copy
-import dataclasses
-import functools
 import math
 import subprocess
 import sys
-import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import common
-from common import Diverged, Experiment, Images, Run, UserError, fast_precision, load_images, rate
+from common import Training, UserError, by_parts, fast_precision, frozen_copy, input_gradient
+from common import once, rate, repeat, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass
-class Settings:
-    """Everything that can be set; each field is also a flag (--eps 8/255). Defaults: CIFAR-10, full size."""
-    energy: str = ""             # checkpoint of lifecycle_midrun.py; that of the same --out, made if need be
-    f_net: str = "wrn28"         # natural classifier f: small_cnn, wrn16, wrn28 (f_width: widening), resnet18
-    f_width: float = 10.0
-    f_iters: int = 50_000        # its updates, batch 100
-    f_sgd: float = 0.1           # rate of SGD; a tenth of it from 40 % on, a hundredth from 60 %; 0: Adam
-    augment: str = "crop_flip"   # of the classifiers' images: none, crop, crop_flip
-    other_net: str = "resnet18"  # `honesty`: a classifier that G never saw
-    other_width: float = 1.0
-    width: float = 1.0           # of G; 1: 64 channels
-    pairs: int = 45_000          # training images that G learns from
-    held: int = 5000             # more of them, for the validation loss
-    refresh: int = 20            # epochs until chains are drawn anew
-    mse_epochs: int = 40         # sec. 5.2.1
-    perceptual_epochs: int = 100  # sec. 5.2.1, at most
-    patience: int = 10           # epochs without a lower validation loss
-    lr: float = 1e-4             # of Adam
-    batch: int = 64
-    loss_net: str = "auto"       # vgg16; f; auto: vgg16 where its weights are at hand
-    layer: int = 8               # of VGG-16; 8: relu2_2
-    f_layer: str = "body.8"      # of f
-    tau: float = 0.005           # standard deviation of a step's noise; .01 in [-1, 1]; T is the energy's
-    k: int = 2000                # K, of the defence and of the pairs
-    k_other: int = 400           # `ablation`: of the pairs of another G
-    h_def: int = 128             # chains of a verdict
-    h_adv: int = 48              # chains of an attack's gradient
-    n: int = 50                  # N: updates of the attacked image
-    eps: float = 8 / 255         # of the attack, l_inf
-    step: float = 2 / 255
-    restarts: int = 1
-    last: int = 10               # steps of the chain that the strongest attack goes back through
-    beta: float = 20.0           # sharpness of its stand-in for ReLU
-    n_last: int = 50             # N of that attack
-    images: int = 1000           # test images that are attacked
-    few: int = 200               # the same in stronger, ablation and honesty
-    natural: int = 5000          # test images whose natural accuracy is taken
-    chunk: int = 1600            # chains that run as one batch
-    graph: int = 1               # CUDA: replay a captured step; 0: launch every kernel
-
-    def __post_init__(self):
-        common.at_least(1, self, *"pairs held refresh mse_epochs perceptual_epochs patience k k_other h_def "
-                        "h_adv n restarts images few natural chunk last".split())
-        common.at_least(2, self, "batch")
-        if not 0 < self.tau < math.inf or self.last > self.k or self.batch > self.pairs:
-            raise UserError("--tau must be above 0 and finite, --last at most --k, --batch at most --pairs")
-        if self.loss_net not in ("auto", "vgg16", "f"):
-            raise UserError("--loss-net is vgg16, f or auto")
-        if (self.other_net, self.other_width) == (self.f_net, self.f_width):
-            raise UserError("--other-net must not be --f-net again: `honesty` wants another architecture")
-        self.few = min(self.few, self.images)
-
-
-new, PAPER = dataclasses.replace, Settings()
-GREY = new(  # 28 pixels, not in the source; f is that of stochastic_security.py and lifecycle_midrun.py
-    PAPER, f_net="small_cnn", f_width=1.0, f_iters=300, f_sgd=0.0, augment="none", other_width=0.25,
-    width=0.25, pairs=1000, held=300, refresh=10, mse_epochs=20, perceptual_epochs=60, patience=5, lr=1e-3,
-    batch=50, f_layer="body.8", tau=0.06, k=50, k_other=10, h_def=24, h_adv=6, n=20, eps=0.16, step=0.04,
-    last=5, n_last=6, images=100, few=50, natural=500, chunk=250)
-MNIST = new(GREY, f_iters=600, eps=0.2, step=0.05)
-CIFAR = new(PAPER, f_net="wrn16", f_width=4.0, f_iters=6000, f_layer="body.4", other_width=0.5, pairs=10_000,
-            held=1000, mse_epochs=20, perceptual_epochs=40, patience=6, lr=3e-4, k=200, k_other=40, h_def=25,
-            h_adv=8, n=20, last=5, n_last=10, images=100, few=50, natural=1000)
-IMAGENET = new(PAPER, f_net="efficientnet_b7", f_iters=0, other_net="pretrained50", pairs=10_000, held=1000,
-               batch=16, tau=0.01, k=200, k_other=40, h_def=64, h_adv=24, eps=2 / 255, step=1 / 255, last=2,
-               images=10_000, natural=10_000, chunk=64)
-
-
-def each_budget(quick, paper):
-    """The three budgets of a data set."""
-    tiny = dict(f_iters=min(quick.f_iters, 3), f_width=min(quick.f_width, 1), width=0.05, other_width=0.1,
-                pairs=8, held=4, refresh=1, mse_epochs=2, perceptual_epochs=2, patience=1, batch=4, k=3,
-                k_other=2, h_def=3, h_adv=2, n=2, n_last=1, last=2, images=8, few=4, natural=8)
-    return {"smoke": new(quick, **tiny), "quick": quick, "paper": paper}
-
-
-def at_full_size(s):
-    """The budget "paper" of sets that are not in the source: its epochs, Alg. 3 at its size."""
-    return new(s, f_iters=3000, width=1.0, pairs=9000, held=900, mse_epochs=40, perceptual_epochs=100,
-               patience=10, lr=1e-4, h_def=128, h_adv=48, n=50, n_last=50, images=1000, few=125, natural=1000)
-
-
-SETTINGS = {"glyphs": each_budget(GREY, at_full_size(GREY)), "mnist": each_budget(MNIST, at_full_size(MNIST)),
-            "cifar10": each_budget(CIFAR, PAPER), "imagenet": each_budget(new(
-                IMAGENET, pairs=500, held=50, mse_epochs=5, perceptual_epochs=10, n=10, n_last=5, images=64,
-                few=16, natural=64), IMAGENET)}
-NOT_OF_THE_ATTACK = (  # what else an attack depends on, its file knows as fingerprints
-    "energy other_net other_width width pairs held refresh mse_epochs perceptual_epochs patience lr batch "
-    "loss_net layer f_layer k k_other last n_last few natural chunk graph").split()
+SETTINGS = common.settings(
+    columns=("glyphs", "mnist", "cifar10", "imagenet", "cifar10-paper", "imagenet-paper"),
+    smoke=dict(f_iters=3, f_width=1, width=0.05, pairs=8, held=4, refresh=1, mse_epochs=2,
+               perceptual_epochs=2, patience=1, batch=4, k=3, h_def=3, h_adv=2, n=2, n_last=1, last=2,
+               images=8, few=4, natural=8),
+    # the natural classifier f, that of stochastic_security.py; it is pretrained for ImageNet
+    f_net=("small_cnn", "small_cnn", "wrn16", "efficientnet_b7", "wrn28", "efficientnet_b7",
+           "network (common.make_net)"),
+    f_width=(1, 1, 4, 1, 10, 1, "its width; of wrn the widening factor"),
+    f_iters=(300, 600, 6000, 0, 50_000, 0, "updates of f, batch 100"),
+    f_sgd=(0.0, 0.0, 0.1, 0.0, 0.1, 0.0, "rate of SGD, a tenth from 40 % on, again from 60 %; 0: Adam"),
+    # the Fixer
+    width=(0.25, 0.25, 1.0, 1.0, 1.0, 1.0, "of G; 1: 64 channels"),
+    pairs=(1000, 1000, 10_000, 500, 45_000, 10_000, "training images that G learns from"),
+    held=(300, 300, 1000, 50, 5000, 1000, "more of them, for the validation loss"),
+    refresh=(10, 10, 20, 20, 20, 20, "epochs until chains are drawn anew"),
+    mse_epochs=(20, 20, 20, 5, 40, 40, "of phase 1 (sec. 5.2.1)"),
+    perceptual_epochs=(60, 60, 40, 10, 100, 100, "of phase 2, at most (sec. 5.2.1)"),
+    patience=(5, 5, 6, 10, 10, 10, "epochs without a lower validation loss"),
+    lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, "rate of Adam"),
+    batch=(50, 50, 64, 16, 64, 16, "pairs in an update"),
+    # the defence and its attack: Alg. 3
+    tau=(0.06, 0.06, 0.005, 0.01, 0.005, 0.01, "noise of a Langevin step; half the source's"),
+    k=(50, 50, 200, 200, 2000, 200, "K: Langevin steps of the defence and of the pairs"),
+    h_def=(24, 24, 25, 64, 128, 64, "chains of a verdict"),
+    h_adv=(6, 6, 8, 24, 48, 24, "chains of an attack's gradient"),
+    n=(20, 20, 20, 10, 50, 50, "N: steps of the attack"),
+    eps=(0.16, 0.2, 8 / 255, 2 / 255, 8 / 255, 2 / 255, "l_inf radius of the attack"),
+    step=(0.04, 0.05, 2 / 255, 1 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
+    last=(5, 5, 5, 2, 10, 2, "steps that the third attack goes back through"),
+    n_last=(6, 6, 10, 5, 50, 50, "N of that attack"),
+    images=(100, 100, 100, 64, 1000, 10_000, "test images under attack"),
+    few=(50, 50, 50, 16, 200, 200, "of these, in stronger, ablation and honesty"),
+    natural=(500, 500, 1000, 64, 5000, 10_000, "test images whose natural accuracy is taken"),
+)
+BETA = 20.0  # sharpness of the smooth stand-in for leaky ReLU
+PART = 1600  # pairs between two checkpoints
 
 # --- Langevin sampling --------------------------------------------------------------------------------------
 
+def langevin_step(x, V, tau, T):
+    """Eq. 2.3: x - tau^2/(2T) grad V(x) + tau z, z ~ N(0, I); never clamped. [B, C, S, S] -> same."""
+    return x - tau**2 / (2 * T) * input_gradient(V, x) + tau * torch.randn_like(x)
 
-def langevin_step(V, x, z, tau, temperature):
-    """Eq. 2.3: x - tau^2/(2T) grad V(x) + tau z -> states [B, C, S, S], |grad V| [B]. Any range, no clamp."""
-    with torch.enable_grad():
-        y = x.detach().to(next(V.parameters()).dtype).requires_grad_(True)
-        gradient = torch.autograd.grad(V(y).float().sum(), y)[0].float()                       # [B, C, S, S]
-    return x - tau ** 2 / (2 * temperature) * gradient + tau * z, gradient.flatten(1).norm(dim=1)
+def langevin(x, steps, V, tau, T):
+    """A chain of `steps` Langevin steps from each image [B, C, S, S] -> its end."""
+    return repeat(langevin_step, x, steps, V, tau, T)
 
+def soft_langevin(x, steps, V, smooth, tau, T):
+    """The same chain with a derivative: values are those of V, derivatives those of its smooth stand-in."""
+    for _ in range(steps):
+        (slope,) = torch.autograd.grad(smooth(x).float().sum(), x, create_graph=True)
+        soft = x - tau**2 / (2 * T) * slope
+        x = soft + (langevin_step(x, V, tau, T) - soft).detach()
+    return x
 
-class Sampler:
-    """Chains of V, on a copy with frozen weights: bfloat16 and channels-last where the processor has units
-    for it (states stay float32), each step a CUDA graph on a GPU. fast=False: the plain float32 loop."""
-
-    def __init__(self, V, tau, temperature, fast=True, graph=True, noise=torch.randn_like):
-        self.source, self.tau, self.temperature, self.noise, self.ready = V, tau, temperature, noise, {}
-        self.V, device = copy.deepcopy(V).requires_grad_(False), next(V.parameters()).device
-        if fast and common.bfloat16_units(device):
-            self.V = self.V.to(torch.bfloat16, memory_format=torch.channels_last)
-        self.replay = fast and graph and device.type == "cuda"
-
-    @torch.no_grad()
-    def follow(self):
-        """Take over the weights that V has now; in place, so that recorded steps see them."""
-        for mine, its in zip(self.V.parameters(), self.source.parameters()):
-            mine.copy_(its)
-
-    def prepare(self, size, like):
-        """States of `size` chains, their sums of |grad V|, and a function that takes one step in place."""
-        state, total = like.new_zeros(size, *like.shape[1:]), like.new_zeros(size)
-
-        def once():
-            moved, norm = langevin_step(self.V, state, self.noise(state), self.tau, self.temperature)
-            state.copy_(moved)
-            total.add_(norm)
-        return state, total, common.captured(once) if self.replay else once
-
-    def __call__(self, x, steps):
-        """`steps` steps from x [B, C, S, S] -> states, mean |grad V| over steps and chains (0-d)."""
-        size = 50 << ((len(x) - 1) // 50).bit_length() if self.replay else len(x)  # padded: few graphs
-        if size not in self.ready:
-            self.ready = (self.ready if self.replay else {}) | {size: self.prepare(size, x)}
-        state, total, once = self.ready[size]
-        state[:len(x)] = x
-        total.zero_()
-        for _ in range(steps):
-            once()
-        return state[:len(x)].clone(), total[:len(x)].mean() / max(steps, 1)
-
+# --- the energy, from lifecycle_midrun.py -------------------------------------------------------------------
 
 def midrun_energy(args, shape):
-    """The finished energy of lifecycle_midrun.py -> V, frozen, and what is known of it (T, net, ...).
+    """V, frozen, and what it was made from (temperature, ...); lifecycle_midrun.py makes it if need be."""
+    file = args.out / f"lifecycle_midrun-{args.dataset}" / "energy.pt"
+    if not finished(file, args.budget):
+        script = Path(__file__).with_name("lifecycle_midrun.py")
+        command = [sys.executable, str(script), "--only", "figure3.2"]
+        for flag in "dataset budget out data-dir seed device".split():
+            command += [f"--{flag}", str(getattr(args, flag.replace("-", "_")))]
+        print(f"no finished energy in {file}; running {' '.join(command)}", flush=True)
+        if subprocess.run(command).returncode:
+            raise UserError(f"no energy in {file}; lifecycle_midrun.py said why, above")
+    state = common.read_checkpoint(file)
+    try:
+        made_from = state["made_from"]
+        V = common.make_net(made_from["net"], 1, shape, made_from["width"])
+        V.load_state_dict(state["V"])
+    except (KeyError, RuntimeError, UserError):
+        raise UserError(f"{file} holds no energy of images {shape}") from None
+    return V.to(args.device).requires_grad_(False), made_from
 
-    Where there is none that script is run, as a command, and makes it.
-    """
-    s, ours = args.settings, args.out / f"lifecycle_midrun-{args.dataset}" / "energy.pt"
-    file = Path(s.energy) if s.energy else ours
+def finished(file, budget):
+    """Whether this energy's training has ended, and was no smoke run where this is none."""
+    state = common.read_checkpoint(file) if file.exists() else {"finished": False}
+    return state.get("finished", True) and (budget == "smoke" or not state.get("smoke"))
 
-    def finished():
-        if not file.exists():
-            return None
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            made = state["made_with"]
-            about = {k: made[k] for k in "net width updates budget temperature tau_train data".split()}
-            side = tuple(made["data"][1:])
-            V = common.make_net(made["net"], 1, side, made["width"]).requires_grad_(False)
-            V.load_state_dict(state["V"])
-        except Exception as error:
-            raise UserError(f"{file}: not a checkpoint of lifecycle_midrun.py's energy "
-                            f"({type(error).__name__})") from None
-        if side != tuple(shape):
-            raise UserError(f"{file}: an energy of images {side}; {args.dataset} has {tuple(shape)}")
-        if state["it"] < made["updates"] or made["budget"] == "smoke" != args.budget:
-            return None
-        print(f"energy: {file}, {about['net']}, {about['updates']} updates", flush=True)
-        return V.to(args.device), about
-    if found := finished():
-        return found
-    if s.energy:
-        raise UserError(f"--energy {file}: no such file, or its training is not finished")
-    command = ["lifecycle_midrun.py", "--only", "figure3.2"]
-    for flag in ("dataset", "budget", "out", "data_dir", "seed", "device"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    print(f"no finished mid-run energy in {file}; running python {' '.join(command)}", flush=True)
-    script = Path(__file__).with_name(command[0])
-    code = subprocess.run([sys.executable, str(script), *command[1:]]).returncode
-    if code or not (found := finished()):
-        raise UserError(f"python {' '.join(command)} ended with exit code {code} and no energy (see above)")
-    return found
+# --- the Fixer ----------------------------------------------------------------------------------------------
 
+class Fixer(nn.Module):
+    """G: x [B, C, S, S] plus what an SNGAN generator without up-sampling makes of x; first the identity."""
 
-# --- the Fixer: pairs, losses, two phases -------------------------------------------------------------------
+    def __init__(self, channels, width):
+        super().__init__()
+        blocks = [common.GBlock(width, width, up=False) for _ in range(4)]
+        last = nn.Conv2d(width, channels, 3, 1, 1)
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, 1, 1), *blocks, nn.BatchNorm2d(width), nn.ReLU(), last
+        )
+        common.init_xavier(self)
+        nn.init.zeros_(last.weight)
 
+    def forward(self, x):
+        return x + self.body(2 * x - 1) / 2
 
-def fingerprint(*nets):
-    """Eight digits that tell networks apart: of a checkpoint made with others of the same settings."""
-    return f"{sum(v.double().abs().sum().item() for net in nets for v in net.state_dict().values()):.8g}"
+def perceptual_loss(x, target, layers, mean, std):
+    """Eq. 5.4, mean over the batch: [B, C, S, S] twice -> 0-d. layers: phi_j; three means repeat grey."""
+    maps = layers((torch.cat([x, target]) - mean) / std).float()  # [2 B, C_j, H_j, W_j]
+    return F.mse_loss(*maps.chunk(2))
 
+def make_perceptual(vgg_file, f, device):
+    """Eq. 5.4 with relu2_2 of torchvision's VGG-16; without its weights with the first 3/5 of f's layers."""
+    if vgg_file is None:
+        layers = f.body[: round(0.6 * len(f.body))]
+        return partial(perceptual_loss, layers=layers, mean=0.5, std=0.5)
+    net = torchvision.models.vgg16(weights=None, init_weights=False).to(device)
+    common.read_weights(net, vgg_file, "VGG-16")
+    layers = net.features[:9].eval().requires_grad_(False)
+    mean, std = torch.tensor(common.IMAGENET, device=device).view(2, 1, 3, 1, 1)
+    return partial(perceptual_loss, layers=layers, mean=mean, std=std)
 
-@common.own_randomness
-def purified(lab, name, index, K, draw=0):
-    """T(x) of lab.pictures[index] -> float16 [n, C, S, S], not clamped; kept in NAME.pt.
-
-    `draw` counts the times that chains were drawn: the file keeps the last one. A file made with another K,
-    tau, T, energy or number of images is refused. Can be interrupted.
-    """
-    s, file, start = lab.s, lab.run.folder / f"{name}.pt", time.time()
-    made_with = lab.made_with | {"K": K, "tau": s.tau, "n": len(index), "pairs": s.pairs}
-    state = common.load_checkpoint(file, made_with)
-    if state is None or state["draw"] != draw:
-        torch.manual_seed(lab.args.seed + 1000 * draw + len(index))
-        state = {"z": torch.zeros(len(index), *lab.shape, dtype=torch.float16), "done": 0}
-    z, done = state["z"], state["done"]
-    before, said = done, start
-    while done < len(z):
-        part = lab.sampler(lab.images(index[done:done + s.chunk]), K)[0]
-        if not part.isfinite().all():
-            raise Diverged("chains ran away: T(x) is not finite; try a lower --tau")
-        z[done:done + len(part)] = part.half().cpu()
-        done += len(part)
-        if done == len(z) or time.time() - said > 60:
-            said = time.time()
-            common.save_checkpoint(file, made_with, z=z, done=done, draw=draw)
-            left = (said - start) / (done - before) * (len(z) - done)
-            print(f"  {name}, draw {draw}: {done} of {len(z)} chains of {K} steps, {said - start:.0f} s, "
-                  f"{left:.0f} s left", flush=True)
+@seeded
+def purified(run, chain, images, K, draw=0):
+    """T(x) of Images -> float16 [n, C, S, S], kept in a file. draw: how often chains were drawn before."""
+    z = torch.zeros(len(images), *images.shape, dtype=torch.float16)
+    torch.manual_seed(run.seed + 1000 * draw + len(images))
+    made_from = {"chain": chain, "K": K, "images": images}
+    pairs = Training(run, f"{images.name}-{K}-{draw}", made_from, advice="a lower --tau", z=z)
+    parts = torch.arange(len(images)).split(PART)
+    for it in pairs.updates(len(parts), "part"):
+        x = images.take(parts[it - 1]).to(run.device)
+        ends = by_parts(partial(chain, steps=K), x, run.chunk)
+        z[parts[it - 1]] = ends.half().cpu()
+        pairs.log(spread=ends.std())
     return z
 
-
-def perceptual_loss(phi, x, target):
-    """Eq. 5.4: |phi(x) - phi(target)|^2 / (C_j H_j W_j), mean over the batch [B, C, S, S] -> 0-d."""
-    return F.mse_loss(phi(x).float(), phi(target).float())
-
-
-def stopped(losses, patience):
-    """Early stopping: whether the lowest of the validation losses so far is `patience` epochs old."""
-    return len(losses) - 1 - losses.index(min(losses)) >= patience
-
+def pair_loss(run, loss, G, z, images, rows):
+    """Loss of G on these rows of the pairs, T(x) [n, C, S, S] float16 and Images x -> 0-d."""
+    x = images.take(rows).to(run.device)
+    with fast_precision(run.device):
+        return loss(G(z[rows].to(run.device).float()), x)
 
 @torch.no_grad()
-def mean_loss(lab, loss, G, z, index):
-    """Mean loss of G (None: the identity) on pairs: z [n, C, S, S] and lab.pictures[index]."""
+def mean_loss(run, s, loss, G, z, images):
+    """Mean loss of G, in eval mode, on all pairs."""
+    G.eval()
     total = 0.0
-    for part, i in zip(z.split(lab.s.batch), index.split(lab.s.batch)):
-        part = part.to(lab.run.device).float()
-        with fast_precision(lab.run.device):
-            total += loss(G(part) if G else part, lab.images(i)).item() * len(i)
-    return total / len(index)
+    for rows in torch.arange(len(z)).split(s.batch):
+        total += pair_loss(run, loss, G, z, images, rows) * len(rows)
+    return total.item() / len(z)
 
+@seeded
+def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None, early=True):
+    """Sec. 5.2.1: learn G from pairs of K steps -> G, frozen. G.losses: [training, validation] an epoch.
 
-@common.own_randomness
-def train_phase(lab, name, kind, epochs, start=None, early=True, K=None):
-    """Learn G from pairs made with K steps -> G, frozen, in eval mode; losses float32 [epochs + 1, 2].
-
-    kind: mse or perceptual. start: the G of the phase before, else the identity. early: the weights of the
-    lowest validation loss, and an end `patience` epochs after it; else the last ones. Losses: training (from
-    epoch 1 on) and validation (from 0 on: of `start`); nan where there was no epoch.
+    start: the G to go on from. early: keep the weights of the lowest validation loss, and end `patience`
+    epochs later; else keep the last ones.
     """
-    run, s, loss, files = lab.run, lab.s, lab.losses[kind], "pairs-other" if K else "pairs"
-    K = K or s.k
-    G = common.make_net("fixer", 1, lab.shape, s.width).to(run.device)
+    G = Fixer(learned.shape[0], round(64 * s.width))
     if start:
         G.load_state_dict(start.state_dict())
-    best, curve = copy.deepcopy(G).requires_grad_(False).eval(), torch.full((epochs + 1, 2), math.nan)
-    optimizer = torch.optim.Adam(G.parameters(), s.lr)
-    made_with = {k: getattr(s, k) for k in ("width", "pairs", "held", "refresh", "lr", "batch")}
-    made_with |= lab.made_with | {"K": K, "tau": s.tau, "epochs": epochs, "start": fingerprint(G),
-                                  "patience": s.patience if early else "none", "loss": kind}
-    if kind == "perceptual":
-        made_with["loss"] = f"{lab.loss_network}, {fingerprint(lab.phi if lab.vgg else lab.f)}"
-    (learned, held), first, draw = lab.split, s.mse_epochs if start else 0, None
-    for epoch, row in common.updates(run, name, epochs, made_with, {
-            "G": G, "best": best, "optimizer": optimizer, "curve": curve}, ("train", "val"), 1, 1,
-            unit="epoch"):
-        if draw != (first + epoch - 1) // s.refresh:
-            draw = (first + epoch - 1) // s.refresh
-            z, z_held = purified(lab, files, learned, K, draw), purified(lab, f"{files}-held", held, K)
-        if epoch == 1:
-            curve[0, 1] = mean_loss(lab, loss, G.eval(), z_held, held)
+    G = common.to_device(G, run.device)
+    best = copy.deepcopy(G).requires_grad_(False).eval()
+    adam = torch.optim.Adam(G.parameters(), s.lr)
+    losses = []
+    made_from = common.pick(s, "lr batch refresh patience")
+    made_from.update(G=G, chain=chain, K=K, images=learned, held=held)
+    made_from.update(epochs=epochs, loss=loss, early=early)
+    training = Training(run, name, made_from, G=G, best=best, adam=adam, losses=losses)
+    z_held = purified(run, chain, held, K)
+    before = s.mse_epochs if start else 0  # phase 2 goes on counting
+    for epoch in training.updates(epochs, "epoch"):
+        z = purified(run, chain, learned, K, (before + epoch - 1) // s.refresh)
         G.train()
-        seen = []
-        for i in common.shuffled(len(z), lab.args.seed + epoch).split(s.batch)[:len(z) // s.batch]:
-            x = lab.images(learned[i])
-            with fast_precision(run.device):
-                value = loss(G(z[i].to(run.device).float()), x)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            seen.append(value.detach())
-        G.eval()
-        curve[epoch] = torch.tensor([torch.stack(seen).mean().item(), mean_loss(lab, loss, G, z_held, held)])
-        row["train"], row["val"] = curve[epoch].tolist()
-        losses = curve[:epoch + 1, 1].tolist()
-        if not early or losses[-1] == min(losses):
+        batches = common.shuffled(len(z), run.seed + epoch).split(s.batch)[: len(z) // s.batch]
+        total = 0.0
+        for rows in batches:
+            error = pair_loss(run, loss, G, z, learned, rows)
+            adam.zero_grad(set_to_none=True)
+            error.backward()
+            adam.step()
+            total += error.detach()
+        train = total.item() / len(batches)
+        val = mean_loss(run, s, loss, G, z_held, held)
+        training.log(train=train, val=val)
+        losses.append([train, val])
+        lowest = min(losses, key=lambda pair: pair[1])
+        if losses[-1] == lowest or not early:
             best.load_state_dict(G.state_dict())
-        row["stop"] = early and stopped(losses, s.patience)
-    return best.eval(), curve
+        if early and epoch - 1 - losses.index(lowest) >= s.patience:
+            training.stop()
+    best.losses = losses
+    return best
 
+# --- attacks on a classifier, and on the defended one: Algorithms 1 and 3 -----------------------------------
 
-@torch.no_grad()
-def outputs(net, x):
-    """A network's outputs for images [n, C, S, S], float32, in batches of 250."""
+class LInf(NamedTuple):
+    """The l_inf ball around an image, in which an attack moves; eps and step in [0, 1] units."""
+    eps: float
+    step: float
+
+    def start(self, x):
+        """A uniform draw from the ball around x [B, C, S, S], which must be in [0, 1]."""
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(
+                f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]"
+            )
+        return (x + self.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+
+    def ascend(self, x, x0, gradient):
+        """A step up the loss, back into the ball around x0, then into [0, 1]. Gradient 0 moves nothing."""
+        moved = x + self.step * gradient.sign() - x0
+        return (x0 + moved.clamp(-self.eps, self.eps)).clamp(0, 1)
+
+def pgd_step(x, f, x0, y, ball):
+    """A step up the cross-entropy of f."""
     with fast_precision(x.device):
-        return torch.cat([net(part).float() for part in x.split(250)])
+        gradient = input_gradient(lambda x: F.cross_entropy(f(x).float(), y, reduction="none"), x)
+    return ball.ascend(x, x0, gradient)
 
-
-class Fixed:
-    """A sampler's chains and then G: T becomes G o T, and BPDA takes the identity for both."""
-
-    def __init__(self, sampler, G):
-        self.sampler, self.G = sampler, G.eval()
-
-    def __call__(self, x, steps):
-        """G of the states after `steps` steps from x [B, C, S, S], and what the sampler says of them."""
-        states, norm = self.sampler(x, steps)
-        return outputs(self.G, states), norm
-
-
-def behind(G, f):
-    """f o G in eval mode, the container too: an attack puts back the mode that it finds."""
-    return nn.Sequential(G, f).eval()
-
-
-# --- attacks, the defence, and Algorithm 3 ------------------------------------------------------------------
-
-
-def random_start(x, eps, norm):
-    """Uniform in the l_inf ball; for l_2 a random direction, radius uniform in [0, eps]; then in [0, 1].
-    ValueError for images outside [0, 1]."""
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
-    if norm == "inf":
-        return (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
-    direction = F.normalize(torch.randn_like(x).flatten(1)).view_as(x)
-    return (x + eps * torch.rand(len(x), 1, 1, 1, device=x.device) * direction).clamp(0, 1)
-
-
-def ascend(x, x0, gradient, step, eps, norm):
-    """A PGD step up the loss, back into the ball around x0, then [0, 1]. A zero gradient moves nothing."""
-    if norm == "inf":
-        return (x0 + (x + step * gradient.sign() - x0).clamp(-eps, eps)).clamp(0, 1)
-    moved = x + step * F.normalize(gradient.flatten(1), eps=1e-30).view_as(x) - x0
-    length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return (x0 + moved * (eps / length.clamp(min=max(eps, 1e-12)))).clamp(0, 1)
-
-
-def attack_f(f, x, y, steps, step, eps, scale=1.0):
-    """l_inf PGD on f itself, random start; x float32 [B, C, S, S] in [0, 1] -> the last images.
-    `scale` multiplies the logits: 1, but for a trap."""
-    if len(x) > 250:
-        return torch.cat([attack_f(f, *half, steps, step, eps, scale) for half in zip(x.tensor_split(2),
-                                                                                     y.tensor_split(2))])
-    x0, x, training = x, random_start(x, eps, "inf"), f.training
+def pgd(f, x, y, steps, ball):
+    """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
+    training = f.training
     f.eval()
-    with torch.enable_grad(), fast_precision(x.device):
-        for _ in range(steps):
-            x.requires_grad_(True)
-            loss = F.cross_entropy(scale * f(x).float(), y, reduction="sum")
-            gradient, = torch.autograd.grad(loss, x)
-            x = ascend(x.detach(), x0, gradient, step, eps, "inf")
+    attacked = []
+    for x0, labels in zip(x.split(250), y.split(250)):
+        attacked.append(repeat(pgd_step, ball.start(x0), steps, f, x0, labels, ball))
     f.train(training)
-    return x.detach()
+    return torch.cat(attacked)
 
+def stay(x, steps):
+    """No chain at all."""
+    return x
 
+@dataclass
 class Defence:
-    """F_H of Eq. 2.5: f after K Langevin steps; float32 [B, C, S, S] in [0, 1]. K = 0: f itself, H = 1."""
-
-    def __init__(self, f, K=0, sampler=None, smooth=None, chunk=250):
-        self.f, self.K, self.sampler, self.smooth, self.chunk = f, K, sampler, smooth, chunk
+    """F_H of Eq. 2.5: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
+    f: nn.Module
+    K: int = 0
+    chain: object = stay  # chain(x, steps): ends of chains
+    soft_chain: object = stay  # the same with a derivative
+    chunk: int = 250
 
     def purify(self, x, H, steps):
-        """T(x): H chains an image, run as one batch -> [H, B, C, S, S]."""
-        z = x.repeat(H, 1, 1, 1)                                # chain h of image b stands in row h * B + b
-        if steps:
-            z = torch.cat([self.sampler(part, steps)[0] for part in z.split(self.chunk)])
-        return z.unflatten(0, (H, len(x)))
+        """T(x): the ends of H chains an image [H * B, C, S, S]; chain h of image b in row h * B + b."""
+        return by_parts(partial(self.chain, steps=steps), x.repeat(H, 1, 1, 1), self.chunk)
 
-    def chains(self, x, H):
-        """Logits of each of H chains [H, B, classes]; their mean over H is F_H (Eq. 2.5)."""
-        H, logits = H if self.K else 1, []
+    @torch.no_grad()
+    def logits(self, x, H):
+        """Logits of each of H chains [H, B, classes]; their mean over H is F_H."""
+        H = H if self.K else 1
+        parts = []
         for part in x.split(max(self.chunk // H, 1)):
-            z = self.purify(part, H, self.K)
-            with torch.no_grad(), fast_precision(x.device):
-                logits.append(torch.cat([self.f(z_).float() for z_ in z.flatten(0, 1).split(250)]).unflatten(
-                    0, z.shape[:2]))
-        return torch.cat(logits, 1)
+            ends = self.purify(part, H, self.K)
+            with fast_precision(x.device):
+                logits = by_parts(self.f, ends, 250).float()
+            parts.append(logits.unflatten(0, (H, len(part))))
+        return torch.cat(parts, 1)
 
     def predict(self, x, H):
         """Eq. 2.6 with H fresh chains -> classes [B]."""
-        return self.chains(x, H).mean(0).argmax(1)
+        return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 2.10: F_H [B, classes], and the gradient of its loss averaged over the chains [B, C, S, S].
+        """Eq. 2.10: F_H [B, classes], and the gradient of its loss, averaged over the chains [B, C, S, S].
 
-        last = 0: BPDA, the identity for T. Else back through the chain's last steps: their values are the
-        true chain's, their derivative that of the smooth stand-in.
+        last = 0: BPDA, the identity for T. Else back through the last steps of the chain.
         """
-        H, found = H if self.K else 1, []
-        for x_, y_ in zip(x.split(max(self.chunk // H, 1)), y.split(max(self.chunk // H, 1))):
-            states, few = self.purify(x_, H, self.K - last), max(250 // H, 1)   # [H, b, C, S, S]
-            for start, label in zip(states.split(few, 1), y_.split(few)):
-                start = start.clone().requires_grad_(True)
-                with torch.enable_grad(), fast_precision(x.device):
-                    z = self.last_steps(start.flatten(0, 1), last)
-                    logits = self.f(z).float().unflatten(0, start.shape[:2]).mean(0)
-                    loss = F.cross_entropy(logits, label, reduction="sum")
-                found.append((logits.detach(), torch.autograd.grad(loss, start)[0].mean(0)))
-        return [torch.cat(column) for column in zip(*found)]
+        H = H if self.K else 1
+        logits, gradients = [], []
+        few = max(self.chunk // H, 1)
+        for part, labels in zip(x.split(few), y.split(few)):
+            z = self.purify(part, H, self.K - last).requires_grad_(True)
+            with torch.enable_grad(), fast_precision(x.device):
+                ends = self.soft_chain(z, last)
+                F_H = self.f(ends).float().unflatten(0, (H, len(part))).mean(0)
+            (gradient,) = torch.autograd.grad(self.loss(F_H, labels), z)
+            logits.append(F_H.detach())
+            gradients.append(gradient.unflatten(0, (H, len(part))).mean(0))
+        return torch.cat(logits), torch.cat(gradients)
 
-    def last_steps(self, z, steps):
-        """Langevin steps with the sampler's values and the smooth stand-in's derivative."""
-        sampler = self.sampler
-        for _ in range(steps):
-            slope, = torch.autograd.grad(self.smooth(z).float().sum(), z, create_graph=True)
-            smooth = z - sampler.tau ** 2 / (2 * sampler.temperature) * slope
-            true, _ = langevin_step(sampler.V, z, sampler.noise(z), sampler.tau, sampler.temperature)
-            z = smooth + (true - smooth).detach()
-        return z
+    def loss(self, F_H, y):
+        """What an attack climbs: the sum of the images' losses."""
+        return F.cross_entropy(F_H, y, reduction="sum")
 
+    def right(self, prediction, y):
+        """Which predictions are right: bool [B]."""
+        return prediction == y
 
-@common.own_randomness
-def algorithm_1(lab, name, defence, last=0, norm="inf", verify=True, **changes):
-    """Algorithm 1 -> (record bool [1 + restarts (N + 1), n]: still right; adversaries float32 [n, C, S, S]).
+class Attack(NamedTuple):
+    """Settings of Algorithm 1. last: as in Defence.gradient."""
+    ball: object
+    N: int
+    H_adv: int
+    H_def: int
+    restarts: int = 1
+    last: int = 0
 
-    Row 0: natural images; row t: not broken up to the t-th evaluation; what is right, lab.right says. The
-    adversary: what broke the image, else the last one tried; the image itself where that is wrong. `last` as
-    in Defence.gradient; norm inf or 2; verify=False is a trap; changes: to the settings. Can be interrupted.
-    """
-    s = dataclasses.replace(lab.s, **changes)
-    x0, y, file = lab.x[:s.images], lab.y[:s.images], lab.run.folder / f"attack-{name}.pt"
-    made_with = {k: v for k, v in vars(s).items() if k not in NOT_OF_THE_ATTACK} | lab.made_with
-    made_with |= {"images": s.images, "K": defence.K, "last": last, "norm": norm, "verify": verify}
-    state, start, total = common.load_checkpoint(file, made_with), time.time(), s.restarts * (s.n + 1)
-    if state:
-        x, record = state["x"].to(x0.device), state["record"].to(x0.device)
-    else:
-        x, record = x0.clone(), lab.right(defence.predict(x0, s.h_def), slice(len(y)))[None]
-        cost = (time.time() - start) / s.h_def * s.h_adv * total
-        print(f"  {name}: {total} evaluations of {len(y)} images, at most some {cost:.0f} s", flush=True)
-    said = time.time()
-    for t in range(len(record) - 1, total):
-        right = record[-1].clone()
-        alive = right.nonzero()[:, 0]                           # broken images have left the batch
+class Outcome(NamedTuple):
+    """Of an attack on n images."""
+    natural: torch.Tensor  # bool [n]: right before it
+    robust: torch.Tensor  # bool [n]: right after it
+    record: torch.Tensor  # bool [1 + restarts (N + 1), n], row t: right up to the t-th evaluation
+    x: torch.Tensor  # what broke an image, else the last one tried; itself where it is wrong
+    attack: Attack
+
+@seeded
+def eot_attack(run, defence, x0, y, a):
+    """Algorithm 1 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
+    x, evaluations = x0.clone(), a.restarts * (a.N + 1)
+    record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
+    made_from = {
+        "f": defence.f,
+        "chain": defence.chain,
+        "K": defence.K,
+        "images": x0,
+        "labels": y,
+        "attack": a,
+    }
+    attack = Training(run, "attack", made_from, unique=True, x=x, record=record)
+    if attack.it == 0:
+        record[0] = defence.right(defence.predict(x, a.H_def), y)
+    for t in attack.updates(evaluations, "evaluation"):
+        still = record[t - 1].clone()
+        alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
-            if t % (s.n + 1) == 0:
-                x[alive] = random_start(x0, s.eps, norm)[alive]
-            logits, gradient = defence.gradient(x[alive], y[alive], s.h_adv, last)
-            broken = alive[~lab.right(logits.argmax(1), alive)]
-            if len(broken) and verify:
-                broken = broken[~lab.right(defence.predict(x[broken], s.h_def), broken)]
-            right[broken] = False
-            left = right[alive]
-            if t % (s.n + 1) < s.n:                             # no update after a restart's last evaluation
-                alive, gradient = alive[left], gradient[left]
-                x[alive] = ascend(x[alive], x0[alive], gradient, s.step, s.eps, norm)
-        record = torch.cat([record, right[None]])
-        if len(alive) or t + 1 == total:
-            common.save_checkpoint(file, made_with, x=x, record=record)
-        if time.time() - said > 20 or t + 1 == total:
-            said = time.time()
-            print(f"  {name}: evaluation {t + 1}/{total}, {int(right.sum())} of {len(y)} still right, "
-                  f"{said - start:.0f} s", flush=True)
-    return record, x
+            if t % (a.N + 1) == 1:
+                x[alive] = a.ball.start(x0)[alive]
+            logits, gradient = defence.gradient(x[alive], y[alive], a.H_adv, a.last)
+            broken = alive[~defence.right(logits.argmax(1), y[alive])]
+            if len(broken):
+                verdict = defence.predict(x[broken], a.H_def)
+                broken = broken[~defence.right(verdict, y[broken])]
+            still[broken] = False
+            if t % (a.N + 1):  # no step after a restart's last evaluation
+                left = still[alive]
+                alive = alive[left]
+                x[alive] = a.ball.ascend(x[alive], x0[alive], gradient[left])
+        record[t] = still
+        attack.log(right=int(still.sum()))
+    return Outcome(record[0], record[-1], record, x, a)
 
+@torch.no_grad()
+def outputs(net, x):
+    """A network's outputs for images [n, C, S, S], float32."""
+    with fast_precision(x.device):
+        return by_parts(net, x, 250).float()
+
+def behind(G, f):
+    """f(G(x)) as one network, in eval mode: an attack on it takes the derivative of G."""
+    return nn.Sequential(G, f).eval()
+
+def chain_and_fixer(x, steps, chain, G):
+    """G(T(x)) as the end of a chain: G counts as part of T, and BPDA takes the identity for both."""
+    return outputs(G, chain(x, steps))
+
+def noise(x, steps, size):
+    """In place of a chain: Gaussian noise of this standard deviation. BPDA's gradient is exact here."""
+    return x + size * torch.randn_like(x)
+
+@seeded
+def same_chains(run, defence, x, H):
+    """As Defence.logits, by the very same chains whatever reads them: [H, B, classes]."""
+    return defence.logits(x, H)
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-
-class Lab:
-    """What the experiments share: data, energy, classifiers, the Fixer and its pairs."""
-
-    def __init__(self, args):
-        self.args, self.s, s, name = args, args.settings, args.settings, args.dataset
-        side = 224 if name == "imagenet" else None
-        self.data, self.test = (load_images(name, split, args.data_dir, side=side).to(args.device)
-                                for split in ("train", "test"))
-        self.shape = self.data.shape
-        need = max(s.images, s.natural)
-        if need > len(self.test) or s.pairs + s.held > len(self.data):
-            raise UserError(f"--images, --natural, --pairs, --held: {name} has {len(self.test)} images for "
-                            f"test, {len(self.data)} for training")
-        memory = isinstance(self.data, Images)
-        for net, width in ((s.other_net, s.other_width), (s.f_net, s.f_width)):  # errors come before any work
-            f = common.make_net(net, 10 if memory else 1000, self.shape, width).eval()
-        common.make_net("fixer", 1, self.shape, s.width)
-        self.vgg = None if s.loss_net == "f" else common.weights_at_hand(common.VGGMaps.FILE, args.data_dir)
-        if not self.vgg and (s.loss_net == "vgg16" or not memory):
-            raise UserError(f"the loss network wants {common.VGGMaps.FILE} (from torchvision) in --data-dir"
-                            + ("" if memory else ", and not --loss-net f"))
-        if self.vgg:
-            self.phi = common.VGGMaps(self.vgg, s.layer, self.shape).to(args.device)
-        else:
-            common.feature_maps(f, s.f_layer)
-        if not memory and args.budget != "smoke" and (
-                s.f_iters or int(common.folder_labels(self.test).max()) != 999):
-            raise UserError(f"{name}: f is a pretrained network of 1000 classes: --f-iters 0, and test "
-                            "images in 1000 folders, one a class")
-        self.classes = int(self.data.y.max()) + 1 if memory else 1000
-        self.split = torch.arange(s.pairs + s.held).split([s.pairs, s.held])    # of self.pictures
-        self.V, about = midrun_energy(args, self.shape)
-        self.sampler = Sampler(self.V, s.tau, about["temperature"], graph=s.graph)
-        self.made_with = {"seed": args.seed, "budget": args.budget, "data": [len(self.data), *self.shape],
-                          "energy": fingerprint(self.V), "temperature": about["temperature"]}
-        self.run = Run("fixer", args, energy=about)
-        self.loss_network = f"VGG-16, layer {s.layer}" if self.vgg else f"{s.f_net} (f), layer {s.f_layer}"
-        print(f"loss network of phase 2: {self.loss_network}", flush=True)
-
-    @functools.cached_property
-    def pictures(self):
-        """Training images of the pairs, then the held-out ones, in memory: --pairs + --held."""
-        data, i = self.data, common.shuffled(len(self.data), 321)[:self.s.pairs + self.s.held]
-        if isinstance(data, Images):
-            return Images(data.x[i.to(data.x.device)], None, data.name)
-        return common.in_memory(common.Pictures([data.source[j] for j in i], data.side, data.name))
-
-    def images(self, index):
-        """self.pictures as float32 [B, C, S, S] on the device."""
-        return self.pictures.take(index.to(self.pictures.x.device)).to(self.args.device)
-
-    @functools.cached_property
-    def pool(self):
-        """Test images float32 [n, C, S, S] and labels [n], a fixed random choice."""
-        i = common.shuffled(len(self.test), 123)[:max(self.s.images, self.s.natural)].to(self.args.device)
-        y = self.test.y if isinstance(self.test, Images) else common.folder_labels(self.test)
-        return self.test.take(i).to(self.args.device), y.to(self.args.device)[i].long()
-
-    x = property(lambda lab: lab.pool[0][:lab.s.images])                        # what is attacked
-    y = property(lambda lab: lab.pool[1][:lab.s.images])
-    natural = property(lambda lab: [part[:lab.s.natural] for part in lab.pool])
-
-    def right(self, prediction, index):
-        """bool [B]: predicted classes [B] of the attacked images `index`."""
-        return prediction == self.y[index]
-
-    @common.own_randomness
-    def solver(self, name, net, width):
-        """A natural classifier of the data set, frozen."""
-        sgd = self.s.f_sgd if net == self.s.f_net else 0.0                      # else Adam
-        return common.train_classifier(self.run, self.data, self.classes, net, width, self.s.f_iters, name,
-                                       sgd, 100, self.s.augment).requires_grad_(False)
-
-    f = functools.cached_property(lambda lab: lab.solver("f", lab.s.f_net, lab.s.f_width))
-    other = functools.cached_property(lambda lab: lab.solver("other", lab.s.other_net, lab.s.other_width))
-
-    @functools.cached_property
-    def phi(self):
-        """The loss network where VGG-16 is not at hand: a layer of f."""
-        return common.feature_maps(self.f, self.s.f_layer)
-
-    @functools.cached_property
-    def losses(self):
-        """{kind: loss(images, targets)} of the two phases."""
-        return {"mse": F.mse_loss, "perceptual": functools.partial(perceptual_loss, self.phi)}
-
-    @functools.cached_property
-    def phases(self):
-        """Both phases of training: (G, losses) twice. The second G is the Fixer."""
-        mse = train_phase(self, "mse", "mse", self.s.mse_epochs, early=False)
-        return mse, train_phase(self, "fixer", "perceptual", self.s.perceptual_epochs, mse[0])
-
-    fixer = property(lambda lab: lab.phases[1][0])
-
-    @functools.cached_property
-    def smooth(self):
-        """Stand-in for V whose second derivative is not zero."""
-        return common.smoothed(self.V, self.s.beta)
-
-    def defence(self, f, G=None, around=False):
-        """f behind G behind T. around: G counts as part of T, whose gradient is the identity."""
-        if around:
-            return Defence(f, self.s.k, Fixed(self.sampler, G), chunk=self.s.chunk)
-        return Defence(behind(G, f) if G else f, self.s.k, self.sampler, self.smooth, self.s.chunk)
-
-    def attack(self, name, defence, last=0, **changes):
-        """Algorithm 1; its file also knows the weights of the networks it attacked."""
-        nets = [defence.f] + ([defence.sampler.G] if isinstance(defence.sampler, Fixed) else [])
-        lab = copy.copy(self)
-        lab.made_with = self.made_with | {"networks": fingerprint(*nets)}
-        return algorithm_1(lab, name, defence, last, **changes)
-
-    @common.own_randomness
-    def transferred(self, f):
-        """PGD images of f itself, no chains."""
-        return attack_f(f, self.x, self.y, self.s.n, self.s.step, self.s.eps)
-
-
-@common.own_randomness
-def same_chains(lab, x, H, networks):
-    """Logits of networks {title: net} for the very same chains T(x) -> {title: [H, n, classes]}."""
-    defence, found = lab.defence(lab.f), {title: [] for title in networks}
-    for part in x.split(max(lab.s.chunk // H, 1)):
-        z = defence.purify(part, H, lab.s.k)
-        for title, net in networks.items():
-            found[title].append(outputs(net, z.flatten(0, 1)).unflatten(0, z.shape[:2]))
-    return {title: torch.cat(parts, 1) for title, parts in found.items()}
-
-
-# --- experiments --------------------------------------------------------------------------------------------
-
-
-def table_5_1(lab):
+def table_5_1(run, s, f, midrun, through, around, x, y, attack):
     """Natural and robust accuracy of the mid-run defence, and of the same with the Fixer."""
-    s, f, fG, G = lab.s, lab.f, behind(lab.fixer, lab.f), lab.fixer
-    rows = {"loss network": lab.loss_network, "n": len(lab.x), "eps": s.eps, "K": s.k}
-    rows |= {"tau in [-1, 1]": 2 * s.tau, "attack: N": s.n, "attack: H_adv": s.h_adv}
-    for title, file, net in (("f", "f", f), ("G alone, no chains", "fG", fG)):
-        record = lab.attack(f"pgd-{file}", Defence(net, chunk=s.chunk))[0]
-        rows |= rate(f"natural acc, {title}", record[0]) | rate(f"robust acc, {title} (PGD)", record[-1])
-    plain, fixed = lab.defence(f), lab.defence(f, G)
-    direct = {("mid-run", plain): {"BPDA+EOT": lab.attack("midrun", plain)[0]},
-              ("+ Fixer", fixed): {"BPDA+EOT through G": lab.attack("through-G", fixed)[0],
-                                   "BPDA+EOT around G, T": lab.attack("around", lab.defence(f, G, True))[0]}}
-    images = {"f": lab.transferred(f), "G alone": lab.transferred(fG)}
-    for (title, defence), records in direct.items():
-        natural = next(iter(records.values()))[0]
-        found = {attack: record[-1] for attack, record in records.items()}
-        last = lab.attack(f"last-{title.strip('+ ')}", defence, s.last, n=s.n_last)[0]
-        found[f"through the last {s.last}, {s.n_last} steps"] = last[-1]
-        found |= {f"PGD images of {net}": lab.right(defence.predict(x, s.h_def), slice(None))
-                  for net, x in images.items()}
-        found["worst of these"] = torch.stack([natural, *found.values()]).all(0)
-        rows |= rate(f"natural acc, {title}", natural)
-        for attack, right in found.items():
-            rows |= rate(f"robust acc, {title} ({attack})", right & natural)
+    rows, transferred = [], {}
+    for title, net in (("f", f), ("f behind G", through.f)):
+        outcome = eot_attack(run, Defence(net), x, y, attack)
+        rows.append(rate(f"natural acc, {title}, no chains", outcome.natural))
+        rows.append(rate(f"robust acc, {title}, no chains", outcome.robust, eps=s.eps))
+        transferred[f"PGD images of {title}"] = pgd(net, x, y, s.n, attack.ball)
+    fixers = {"BPDA+EOT through G": through, "BPDA+EOT around G, T": around}
+    models = (("mid-run", midrun, {"BPDA+EOT": midrun}), ("Fixer", through, fixers))
+    for model, defence, direct in models:
+        last = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
+        right = {"through the last steps": last.robust}
+        for name, attacked in direct.items():
+            right[name] = eot_attack(run, attacked, x, y, attack).robust
+        for name, images in transferred.items():
+            right[name] = last.natural & (defence.predict(images, s.h_def) == y)
+        right["worst of these"] = torch.stack(list(right.values())).all(0)
+        rows.append(rate(f"natural acc, {model}", last.natural, K=s.k))
+        for name, held in right.items():
+            rows.append(rate(f"robust acc, {model}, {name}", held, eps=s.eps))
     return rows
 
-
-def figure_5_2(lab):
-    """Losses of both phases over those of purified images; the epoch whose weights are kept is marked."""
-    rows, panels, held = {"loss network": lab.loss_network}, {}, lab.split[1]
-    z = purified(lab, "pairs-held", held, lab.s.k)
-    for kind, (_, curve) in zip(("mse", "perceptual"), lab.phases):
-        before = mean_loss(lab, lab.losses[kind], None, z, held)
-        run = int(curve[1:, 1].isfinite().sum())
-        kept = run if kind == "mse" else int(curve[:run + 1, 1].argmin())
-        rows |= {f"{kind}: loss of purified images": before, f"{kind}: epochs run": run,
-                 f"{kind}: epoch kept": kept, f"{kind}: validation loss there": curve[kept, 1].item(),
-                 f"{kind}: validation loss there / before": curve[kept, 1].item() / before}
-        panels[f"epoch of phase {len(panels) + 1} ({kind})"] = {
-            title: {e: value / before for e, value in enumerate(column.tolist()) if math.isfinite(value)}
-            for title, column in zip(("training", "validation"), curve.T)}
-    figure = common.curves(panels, "loss / loss of purified images", ylim=(0, None))
-    figure.axes[1].axvline(kept, color="gray", ls="--", label=f"epoch {kept}: kept")
-    figure.axes[1].legend(fontsize=8)
-    lab.run.save(figure, "figure5.2")
+def figure_5_2(run, s, midrun, held, perceptual, first, G):
+    """Losses of both phases, epoch by epoch; those of fixed images relative to those of purified ones."""
+    z = purified(run, midrun.chain, held, s.k)
+    rows = []
+    for kind, loss, net in (("mse", F.mse_loss, first), ("perceptual", perceptual, G)):
+        curves = []
+        for epoch, (training, validation) in enumerate(net.losses, 1):
+            curves.append(value("training", training, epoch=epoch))
+            curves.append(value("validation", validation, epoch=epoch))
+        run.lines(f"figure5.2-{kind}", curves, "epoch")
+        before = mean_loss(run, s, loss, nn.Identity(), z, held)
+        after = mean_loss(run, s, loss, net, z, held)
+        rows.append(value(f"{kind} loss, fixed / purified", after / before))
     return rows
 
-
-def figure_5_3(lab):
-    """Attacked images, one chain of each, and what the Fixer makes of it; also their distance to nature."""
-    defence = lab.defence(lab.f, lab.fixer)
-    stages = {"attacked": lab.attack("through-G", defence)[1]}
-    stages["purified"] = defence.purify(stages["attacked"], 1, lab.s.k)[0]
-    stages["fixed"] = outputs(lab.fixer, stages["purified"])
-    rows, pictures, few = {"n": len(lab.x)}, {"natural": lab.x[:8]}, slice(0, 8)
-    for title, x in stages.items():
-        found = outputs(lab.f, x).argmax(1)
-        pictures[f"{title}: f reads {', '.join(map(str, found[few].tolist()))}"] = x[few].clamp(0, 1)
-        rows[f"root mean square of {title} - natural"] = (x - lab.x).pow(2).mean().sqrt().item()
-        rows |= rate(f"acc of f, {title}", lab.right(found, slice(None)))
-    pictures |= {f"3 |{title} - natural|": (3 * (x - lab.x)[few].abs()).clamp(0, 1)
-                 for title, x in stages.items() if title != "attacked"}
-    lab.run.save(common.picture_rows(pictures, 8), "figure5.3")
+def figure_5_3(run, s, f, G, through, x, y, attack):
+    """Attacked images, one chain of each, and what the Fixer makes of it; distances to natural images."""
+    attacked = eot_attack(run, through, x, y, attack).x
+    ends = through.purify(attacked, 1, s.k)
+    rows, pictures = [], {"natural": x[:8]}
+    stages = {"attacked": attacked, "purified": ends, "fixed": outputs(G, ends)}
+    for title, images in stages.items():
+        pictures[title] = images[:8]
+        distance = (images - x).square().mean().sqrt()
+        rows.append(value(f"root mean square of {title} - natural", distance.item()))
+        rows.append(rate(f"acc of f, {title}", outputs(f, images).argmax(1) == y))
+    run.pictures("figure5.3", pictures, 8)
     return rows
 
-
-def stronger(lab):
-    """Attacks that nothing here was tuned against: more steps, smaller steps, restarts; on `few` images."""
-    s, f, G, worst = lab.s, lab.f, lab.fixer, {}
-    ways = {"as in table 5.1": {}, f"{4 * s.n} steps": {"n": 4 * s.n}, "3 restarts": {"restarts": 3},
-            f"{2 * s.n} steps of a quarter": {"n": 2 * s.n, "step": s.step / 4}}
-    rows = {"n": s.few}
-    for title, file, defence in (("mid-run", "T", lab.defence(f)),
-                                 ("+ Fixer, through G", "G", lab.defence(f, G)),
-                                 ("+ Fixer, around G, T", "around", lab.defence(f, G, around=True))):
-        for i, (way, changes) in enumerate(ways.items()):
-            right = lab.attack(f"stronger-{file}{i}", defence, images=s.few, **changes)[0][-1]
-            rows |= rate(f"robust acc, {title} ({way})", right)
-            of = title.split(",")[0]
-            worst[of] = worst.get(of, right) & right
-    for of, right in worst.items():
-        rows |= rate(f"robust acc, {of} (worst of these)", right)
+def stronger(run, s, midrun, through, around, few, attack):
+    """Attacks that nothing here was tuned against: three restarts, four times the steps, smaller steps."""
+    ways = {
+        "restarts": attack._replace(restarts=3),
+        "more steps": attack._replace(N=4 * s.n),
+        "small steps": attack._replace(N=2 * s.n, ball=LInf(s.eps, s.step / 4)),
+    }
+    rows = []
+    for title, defences in (("mid-run", [midrun]), ("Fixer", [through, around])):
+        worst = []
+        for way, a in ways.items():
+            right = [eot_attack(run, defence, *few, a).robust for defence in defences]
+            held = torch.stack(right).all(0)
+            rows.append(rate(f"robust acc, {title}, {way}", held, eps=s.eps, N=a.N))
+            worst.append(held)
+        held = torch.stack(worst).all(0)
+        rows.append(rate(f"robust acc, {title}, worst of these", held, eps=s.eps))
     return rows
 
-
-def upperbound(lab):
-    """Natural accuracy of f on images, on purified and on fixed ones: how much of the gap is closed."""
-    (x, y), H = lab.natural, min(lab.s.h_def, 24)
-    found = same_chains(lab, x, H, {"f(T(x))": lab.f, "f(G(T(x)))": behind(lab.fixer, lab.f)})
-    clean = outputs(lab.f, x).argmax(1) == y
-    rows = {"n": len(x)} | rate("natural acc, f(x)", clean)
-    for chains, of in ((1, "one chain"), (H, f"mean of {H}")):
-        right = {title: logits[:chains].mean(0).argmax(1) == y for title, logits in found.items()}
-        for title, verdict in right.items():
-            rows |= rate(f"natural acc, {title}, {of}", verdict)
-        before, after = right.values()
-        rows[f"repaired, {of}"] = int((after & ~before).sum())
-        rows[f"spoiled, {of}"] = int((before & ~after).sum())
-        if (gap := int(clean.sum() - before.sum())) > 0:
-            rows[f"share of the gap closed, {of}"] = int(after.sum() - before.sum()) / gap
+def upperbound(run, f, midrun, through, x_many, y_many):
+    """Natural accuracy of f on images, on the ends of chains, and with the Fixer: is the gap closed?"""
+    clean = outputs(f, x_many).argmax(1) == y_many
+    before = same_chains(run, midrun, x_many, 1)[0].argmax(1) == y_many
+    after = same_chains(run, through, x_many, 1)[0].argmax(1) == y_many
+    rows = [rate("natural acc, f(x)", clean), rate("natural acc, f(T(x))", before, H=1)]
+    rows.append(rate("natural acc, f(G(T(x)))", after, H=1))
+    rows.append(rate("repaired by G", after & ~before, H=1))
+    rows.append(rate("spoiled by G", before & ~after, H=1))
+    gap = clean.sum() - before.sum()
+    if gap > 0:
+        closed = (after.sum() - before.sum()) / gap
+        rows.append(value("share of the gap closed", closed.item(), H=1))
     return rows
 
-
-def compared(lab, fixers, solvers):
-    """For each classifier {title: f} behind each Fixer {title: G or None}: natural accuracy of the same
-    chains, and robust accuracy under BPDA+EOT with the true gradient of G."""
-    s, (x, y) = lab.s, lab.natural
-    H = min(s.h_def, 8)
-    pairs = {(a, b): (f, G) for a, f in solvers.items() for b, G in fixers.items()}
-    found = same_chains(lab, x, H, {key: behind(G, f) if G else f for key, (f, G) in pairs.items()})
-    rows = {"n, natural": len(x), "n, robust": s.few}
-    for a, f in solvers.items():
-        rows |= rate(f"{a}: natural acc, no defence", outputs(f, x).argmax(1) == y)
-    for (a, b), (f, G) in pairs.items():
-        rows |= rate(f"{a}, {b}: natural acc, one chain", found[a, b][0].argmax(1) == y)
-        rows |= rate(f"{a}, {b}: natural acc, mean of {H}", found[a, b].mean(0).argmax(1) == y)
-        record = lab.attack(f"{a}-{b}".replace(" ", "-"), lab.defence(f, G), images=s.few)[0]
-        rows |= rate(f"{a}, {b}: robust acc (BPDA+EOT)", record[-1])
+def compared(run, s, defence, networks, few, x_many, y_many, attack):
+    """Networks {title: net} behind the same chains: natural accuracy, and robust accuracy under BPDA+EOT."""
+    rows = []
+    for title, net in networks.items():
+        defended = replace(defence, f=net)
+        prediction = same_chains(run, defended, x_many, 8).mean(0).argmax(1)
+        rows.append(rate(f"natural acc, {title}", prediction == y_many, H=8))
+        outcome = eot_attack(run, defended, *few, attack)
+        rows.append(rate(f"robust acc, {title}", outcome.robust, eps=s.eps))
     return rows
 
+def ablation(run, s, learn, perceptual, first, G, f, midrun, few, x_many, y_many, attack):
+    """G of one loss alone, for as many epochs as both have together; and G of pairs of another K."""
+    K = max(s.k // 5, 1)
+    both = s.mse_epochs + s.perceptual_epochs
+    start = learn("mse-other", loss=F.mse_loss, epochs=s.mse_epochs, early=False, K=K)
+    fixers = {"no Fixer": nn.Identity(), "first phase": first, "Fixer": G}
+    fixers["MSE alone"] = learn("mse-alone", loss=F.mse_loss, epochs=both)
+    fixers["perceptual alone"] = learn("perceptual-alone", loss=perceptual, epochs=both)
+    fixers["pairs of another K"] = learn(
+        "fixer-other", loss=perceptual, epochs=s.perceptual_epochs, start=start, K=K
+    )
+    networks = {title: behind(net, f) for title, net in fixers.items()}
+    return compared(run, s, midrun, networks, few, x_many, y_many, attack)
 
-def ablation(lab):
-    """G of one loss alone, for at most as many epochs as both have together, and G of pairs of another K."""
-    s, (mse, both) = lab.s, lab.phases
-    epochs = s.mse_epochs + s.perceptual_epochs
-    first = train_phase(lab, "mse-other", "mse", s.mse_epochs, early=False, K=s.k_other)[0]
-    fixers = {"no Fixer": None, "first phase": mse[0],
-              "MSE only": train_phase(lab, "mse-only", "mse", epochs)[0],
-              "perceptual only": train_phase(lab, "perceptual-only", "perceptual", epochs)[0],
-              "Fixer": both[0],
-              f"of K = {s.k_other}": train_phase(lab, "fixer-other", "perceptual", s.perceptual_epochs,
-                                                       first, K=s.k_other)[0]}
-    rows, held = compared(lab, fixers, {"f": lab.f}), lab.split[1]
-    z = purified(lab, "pairs-held", held, s.k)
-    for kind, loss in lab.losses.items():
-        before = mean_loss(lab, loss, None, z, held)
-        rows |= {f"{kind} loss / purified, {title}": mean_loss(lab, loss, G, z, held) / before
-                 for title, G in fixers.items() if G}
-    chain = lab.defence(lab.f).purify(lab.x[:8], 1, s.k)[0]
-    pictures = {title: (outputs(G, chain) if G else chain).clamp(0, 1) for title, G in fixers.items()}
-    lab.run.save(common.picture_rows({"natural": lab.x[:8]} | pictures, 8), "ablation")
+def honesty(run, s, f, other, G, midrun, few, x_many, y_many, attack):
+    """Does G remove noise, or has it learned f? A classifier that G never saw; noise in place of chains."""
+    moved = midrun.purify(x_many, 1, s.k) - x_many
+    noisy = replace(midrun, chain=partial(noise, size=moved.square().mean().sqrt().item()))
+    rows = [rate("natural acc, unseen, no chains", outputs(other, x_many).argmax(1) == y_many)]
+    for defence, title in ((midrun, ""), (noisy, ", noise for T")):
+        networks = {
+            f"f, no Fixer{title}": f,
+            f"f, Fixer{title}": behind(G, f),
+            f"unseen, no Fixer{title}": other,
+            f"unseen, Fixer{title}": behind(G, other),
+        }
+        rows += compared(run, s, defence, networks, few, x_many, y_many, attack)
     return rows
 
-
-def honesty(lab):
-    """Does G remove noise, or has it learned the classifier? A classifier of another architecture, that G
-    never saw, behind the same G; G of pixels alone; Gaussian noise of the size of T(x) - x in place of T."""
-    s, (mse, both), (x, y) = lab.s, lab.phases, lab.natural
-    solvers = {"f": lab.f, f"unseen {s.other_net}": lab.other}
-    rows = compared(lab, {"no Fixer": None, "first phase": mse[0], "Fixer": both[0]}, solvers)
-    size = (lab.defence(lab.f).purify(x, 1, s.k)[0] - x).pow(2).mean().sqrt().item()
-    rows["root mean square of T(x) - x"] = size
-
-    def noise(x, steps):
-        """As a sampler: Gaussian noise. Its derivative is the identity, so BPDA is the exact gradient."""
-        return x + size * torch.randn_like(x), None
-    for title, f in solvers.items():
-        for of, net in (("no Fixer", f), ("Fixer", behind(both[0], f))):
-            defence, found = Defence(net, s.k, noise, chunk=s.chunk), outputs(net, noise(x, s.k)[0])
-            record = lab.attack(f"noise-{title}-{of}".replace(" ", "-"), defence, images=s.few)[0]
-            rows |= rate(f"{title}, {of}: natural acc, noise for T", found.argmax(1) == y)
-            rows |= rate(f"{title}, {of}: robust acc, noise for T (EOT)", record[-1])
-    return rows
-
-
-PUBLISHED_5_1 = {"imagenet": {
-    "natural acc, mid-run": .684, "robust acc, mid-run (BPDA+EOT)": .418,
-    "natural acc, + Fixer": .742, "robust acc, + Fixer (BPDA+EOT around G, T)": .498}}
-EXPERIMENTS = {  # the figures of the source print no numbers
-    "table5.1": Experiment(table_5_1, "the defence with and without the Fixer", "5 min", True, PUBLISHED_5_1),
-    "figure5.2": Experiment(figure_5_2, "losses of both phases", "1 s after table5.1", True),
-    "figure5.3": Experiment(figure_5_3, "attacked, purified, fixed", "1 s after table5.1", True),
-    "stronger": Experiment(stronger, "more steps, smaller ones, restarts", "12 min"),
-    "upperbound": Experiment(upperbound, "natural accuracy of f(x), f(T(x)), f(G(T(x)))", "45 s"),
-    "ablation": Experiment(ablation, "each loss alone; pairs of another K", "5.5 min"),
-    "honesty": Experiment(honesty, "an unseen classifier behind the same Fixer", "3.5 min"),
-}
-
+EXPERIMENTS = common.experiments(
+    headline=[table_5_1, figure_5_2, figure_5_3], others=[stronger, upperbound, ablation, honesty]
+)
 
 # --- command line -------------------------------------------------------------------------------------------
 
-
 def get_args(argv=None):
-    return common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    s = args.settings
+    counts = (
+        "pairs held refresh mse_epochs perceptual_epochs patience k h_def h_adv n n_last "
+        "last images few natural"
+    )
+    common.at_least(1, s, counts)
+    common.at_least(2, s, "batch")
+    common.above_0(s, "tau")
+    common.check_radius(s.eps)
+    if s.last > s.k or s.batch > s.pairs or s.images > s.natural:
+        raise UserError("--last must be at most --k, --batch --pairs, --images --natural")
+    return args
 
+def chosen(name, data, seed, part):
+    """This part (a slice) of a fixed random order of a data set, in memory -> Images."""
+    if part.stop > len(data):
+        raise UserError(f"--pairs, --held, --natural: {len(data)} images are too few")
+    index = common.shuffled(len(data), seed)[part]
+    if isinstance(data, common.Images):
+        index = index.to(data.x.device)
+        return common.Images(data.x[index], data.y[index], name)
+    labels = common.folder_labels(data)[index]  # ranks among all folders
+    files = [data.files[i] for i in index]
+    pictures = common.in_memory(common.Pictures(files, data.side, name))
+    return common.Images(pictures.x, labels, name)
 
 def main(argv=None):
     args = get_args(argv)
-    lab = Lab(args)
-    lab.run.closing_table({name: lab.run.experiment(name, EXPERIMENTS[name], lab) for name in args.only})
+    s = args.settings
+    folders = args.dataset in common.FOLDERS
+    load = partial(
+        common.load_images, args.dataset, data_dir=args.data_dir, side=224 if folders else None
+    )
+    data = load("train").to(args.device)
+    test = load("test")
+    learned = chosen("pairs", data, 321, slice(0, s.pairs))
+    held = chosen("held", data, 321, slice(s.pairs, s.pairs + s.held))
+    tested = chosen("tested", test, 123, slice(0, s.natural)).to(args.device)
+    vgg_file = common.weights_at_hand("vgg16-397923af.pth", args.data_dir)
+    if folders and (vgg_file is None or common.folder_labels(test).max() != 999):
+        raise UserError(
+            "imagenet wants vgg16-397923af.pth in --data-dir, and test images in 1000 folders"
+        )
+    classes = 1000 if folders else common.IN_MEMORY[args.dataset][2]
+    build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)
+    build_f()  # what can be wrong is said before any work
+    unseen = "pretrained50" if folders else "resnet18"
+    build_other = partial(common.make_net, unseen, classes, data.shape, 0.25)
+    V, energy = midrun_energy(args, data.shape)
+    run = common.Run("fixer", args, energy=energy, loss_network="VGG-16" if vgg_file else "f")
+    x_many = tested.take(slice(None))
+    y_many = tested.y
+    x, y = x_many[: s.images], y_many[: s.images]
+    attack = Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def)
+    settings = {"V": frozen_copy(V), "tau": s.tau, "T": energy["temperature"]}
+    chain = partial(langevin, **settings)
+    soft_chain = partial(soft_langevin, smooth=common.smoothed(V, BETA), **settings)
+    augment = "crop_flip" if data.shape[0] == 3 else "none"
+    updates = 0 if folders else s.f_iters  # else they are pretrained
+    train = partial(common.train_classifier, run, data=data, iterations=updates, augment=augment)
+    learn = partial(train_phase, run, s, chain=chain, learned=learned, held=held, K=s.k)
 
+    f = once(lambda: train("f", build_f, sgd=s.f_sgd, shared=True))
+    other = once(lambda: train("other", build_other))
+    perceptual = once(lambda: make_perceptual(vgg_file, f(), run.device))
+    first = once(lambda: learn("mse", loss=F.mse_loss, epochs=s.mse_epochs, early=False))
+    G = once(lambda: learn("fixer", loss=perceptual(), epochs=s.perceptual_epochs, start=first()))
+    midrun = once(lambda: Defence(f(), s.k, chain, soft_chain, run.chunk))
+    through = once(lambda: replace(midrun(), f=behind(G(), f())))
+    around = once(lambda: replace(midrun(), chain=partial(chain_and_fixer, chain=chain, G=G())))
+    run.experiments(
+        EXPERIMENTS,
+        x=x,
+        y=y,
+        few=(x[: s.few], y[: s.few]),
+        x_many=x_many,
+        y_many=y_many,
+        attack=attack,
+        held=held,
+        learn=learn,
+        f=f,
+        other=other,
+        perceptual=perceptual,
+        first=first,
+        G=G,
+        midrun=midrun,
+        through=through,
+        around=around,
+    )
 
 if __name__ == "__main__":
     common.call(main)

@@ -1,546 +1,504 @@
-r"""Mid-run energies: chains that stay realistic just as long as a defence needs, and what they can defend.
+r"""Mid-run energies: chains that stay realistic as long as a defence needs, and all that they can defend.
 
 Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image Models", chapters 3 and 4.
 
-The idea. Purifying an image takes Langevin chains of some thousand steps, not of a hundred thousand. So learn
-an energy whose chains are good for that long: keep a bank of chains, replace each of them with probability p
-after an update by an image that is in-distribution (of a frozen generator, or of the data), and anneal the
-optimiser's rate until the energy stands still while its chains grow old. That needs no classifier and no
-labels, and so one energy defends any classifier of such images, and other tasks too: the Universal Defender.
+An attack changes an image so little that nobody sees it, and yet a classifier f misreads it. An energy U is
+a network that gives an image one number, low for images like the training data. A chain starts at an image
+and takes many small steps down the energy, each with some noise (Langevin dynamics). It forgets the attack
+long before it forgets the class. stochastic_security.py asks for chains that stay realistic for ever, which
+is hard to learn. A defence runs them for K_def steps only, so a mid-run energy learns from chains that live
+about so long. A bank keeps their states. After an update each state dies with probability p, and a training
+image takes its place. No label is needed: one energy defends any network that sees such images.
 
-    U(x) = V(x) / T energy, LOW = in-distribution; V is what the network returns; p(x) ~ exp(-U(x)).
-    Pixels in [0, 1] everywhere; networks scale to [-1, 1] inside. The source's eps is for [-1, 1]: halve it.
+    U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
+    Pixels in [0, 1] everywhere; networks scale inside. The source's tau is for [-1, 1]: halve it.
+    (2.2)   dL = E_data[dU(x)] - E_chains[dU(x)]: pull the energy of data down, push that of chains up
+    (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
+    Alg. 4  A batch of the bank takes K steps of (2.3), the energy an update, and the states go back. Each is
+            replaced with probability p = K / K_def. Ages follow the geometric law p (1 - p)^visits. The rate
+            falls to a tenth four times, so that a nearly constant energy meets chains of every age.
+    (3.1)   F(x) = E[f(T(x))], T(x): K_def steps from x.  (3.2) F_H: mean logits of H chains.
+    (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): the loss is that of
+            F_H. BPDA (backward pass differentiable approximation): T counts as the identity.
+    Alg. 3  PGD (projected gradient descent: steps up the loss, back into the ball) with that gradient. N + 1
+            evaluations by H_adv chains. What looks broken is judged again by H_def fresh chains.
+    3.2.4   x <- x + eta^2/2 S(x) + eta z: chains of a score S = grad log q, learned without chains
+    (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (printed with FP x FN)
+    (4.3)   A segmentation is right if Dice(attacked and purified) is at least half of Dice(clean).
 
-    Langevin  x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
-    loss      E_data[U(x)] - E_chains[U(x)]: its gradient is that of maximum likelihood
-    Alg. 4    K steps on a batch of the bank, an update, and back with it; each state is then replaced with
-              probability p = K / K_def, so that chains live for K_def steps on average. Its age, in visits,
-              has the geometric law p (1 - p)^k. p = 0: persistent chains; p = 1: no bank at all
-    anneal    Adam's rate times 1, then .1, .01, .001, .0001 after 1/3, 1/2, 2/3, 5/6 of the updates
-    (3.1)     F(x) = E[f(T(x))], T(x): K_def steps from x.  (3.2) F_H: mean of the logits of H chains
-    (3.3)     BPDA+EOT: gradient of the loss of F_H at the purified images, averaged, used at the image
-    Alg. 3    N + 1 evaluations with H_adv chains; what looks broken is judged again by H_def fresh chains
-    3.2.4     x <- x + eta^2/2 S(x) + eta z with a score S = grad log q_sigma learned by denoising, at one
-              sigma: no chain of it was ever run in training, so nothing keeps its chains in place
-    (4.2)     Dice = 2 TP / (2 TP + FP + FN + 1e-9) of predicted and true mask (printed with FP x FN)
-    (4.3)     a segmentation is right when Dice(attacked and purified) / Dice(clean) >= 1/2
-
-Commands (measured times and numbers stand in README.md and results/):
-    python lifecycle_midrun.py                                      rendered digits, nothing to download
-    python lifecycle_midrun.py --only figure3.1                     short-, mid- and long-run chains
-    python lifecycle_midrun.py --rejuvenate generator --out runs/g  states from a GAN that is trained first
-    python lifecycle_midrun.py --dataset cifar10 --budget paper     the published settings; --list: all
-
-The energy's log. d: energy of the data minus that of the chains. grad: mean |grad_x V| along the chains.
-drift: length of the gradient's part of a step over that of the noise. age: mean Langevin steps of the bank.
-
-Differs from the source:
-  - Only CIFAR-10 takes fresh states from a generator (trained here) unless --rejuvenate says so; the others
-    take them from the data, the source's variant (its published p, bank and noise --rejuvenate data does not
-    set); for ImageNet there is no generator at 224 pixels here.
-  - A defence may use fewer steps than K / p, the mean life in training: glyphs 75 of 400, ImageNet (as
-    published) 200 of 2,000. The text has K_def = 1500 and 2000 for CIFAR-10; we follow the code, 2000.
-  - Bank and data are visited in shuffled passes; ImageNet as centre crops (source: random crops). Classifiers
-    are trained as in stochastic_security.py. Tiny ImageNet is attacked at 4/255 (ImageNet: 2/255).
-  - Alg. 4 replaces states after the update (the published code before it): the same law one visit later.
-  - The long-run energy is Alg. 4 with p / 20 and twice the updates (the published code: a second energy on a
-    frozen one, a Gaussian prior, a burn-in bank); the short-run one has p = 1/2 and a generator learned in
-    tandem, but no cap on the visits of a state.
-  - Natural images are judged first and naturally wrong ones count as broken (as the code; Alg. 3 does not),
-    and broken images leave the batch. Logits are averaged; the published code for ImageNet averages softmax
-    outputs and takes their cross-entropy as if they were logits, which weakens its attack.
-  - sec. 3.2.4 gives no eta: sigma / 2, about what score networks are sampled with. One sigma, as in its text.
-  - Ch. 4 says little of its attack: ours is table 3.1's. Dice is against the true mask; images of clean Dice
-    below .1 are counted apart. Flowers are Oxford's 102 classes (its text says 104). Offline, masks name the
-    digit that ink belongs to, among fragments of letters (or, in colour, on photos).
-  - Tiny ImageNet (64 pixels) stands in for ImageNet; a few of its classes, unseen by the energy, for flowers.
+Commands (two cores; more numbers in results/):
+    python lifecycle_midrun.py                    7 min: robust accuracy .03 without, .88 with the defence
+    python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
+    python lifecycle_midrun.py --dataset cifar10  a GPU; --budget paper: the published settings
+The log. d: energy of data minus that of chains. moved: root mean square of pixels by which an update moved
+its chains (noise alone: tau sqrt(K)). age: mean of the bank, in steps. The score's loss starts at 1.
+Differs: fresh states are data, the published code's second setting for CIFAR-10 (Tab. 3.1: images of a GAN).
+They come after the update (code: before). K_def = 2000 as the code (text: 1500). Short- and long-run energies
+are Alg. 4 with p = 1/2, p / 20. ImageNet: centre crops; logits are averaged (code: softmax outputs: a weaker
+attack). Masks name the digit that ink belongs to (source: pets). Without a download, symbols are the flowers.
 """
-import copy
-import dataclasses
-import functools
-import math
-import time
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import common
-from common import Diverged, Experiment, Images, Run, UserError
-from common import batch_index, batches, fast_precision, load_classes, load_images, rate
+from common import Diverged, Images, Training, UserError, by_parts, fast_precision, follow, frozen_copy
+from common import input_gradient, once, rate, repeat, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
 
+SETTINGS = common.settings(
+    columns=("glyphs", "mnist", "cifar10 tinyimagenet", "cifar10-paper", "imagenet imagenet-paper"),
+    smoke=dict(f_width=1, f_iters=3, u_iters=2, width=0.05, updates=6, batch=4, bank=8, k_train=2, k=3,
+               h_def=3, h_adv=2, n=2, n_last=1, last=2, images=8, few=4),
+    f_net=("small_cnn", "small_cnn", "wrn16", "wrn28", "efficientnet_b7", "natural classifier f"),
+    f_width=(1, 1, 4, 10, 1, "its width; of wrn the widening factor"),
+    f_iters=(300, 600, 6000, 50_000, 2000, "updates of f (not ImageNet's) and of table 4.1's classifier"),
+    f_sgd=(0.0, 0.0, 0.1, 0.1, 0.0, "rate of SGD, with random crops and flips; 0: Adam without them"),
+    net=("light_ebm", "light_ebm", "sngan", "sngan", "biggan_deep", "network of V"),
+    width=(0.5, 0.5, 0.5, 1.0, 1.0, "times its published channels"),
+    updates=(800, 1600, 6000, 150_000, 150_000, "updates of the energy"),
+    lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, at first"),
+    batch=(64, 64, 100, 128, 64, "data images, and as many chains, in an update"),
+    bank=(1024, 1024, 5000, 19_968, 9984, "states, a multiple of the batch"),
+    k_train=(20, 20, 50, 100, 100, "K: Langevin steps of an update"),
+    p=(0.05, 0.05, 0.05, 0.025, 0.05, "probability that a state is replaced after an update"),
+    tau=(0.015, 0.015, 0.005, 0.005, 0.01, "noise of a Langevin step; half the source's"),
+    temperature=(1e-4, 1e-4, 1e-4, 1e-4, 1e-5, "T"),
+    data_noise=(0.03, 0.03, 0.01, 0.01, 0.015, "noise on the data in training; half the source's"),
+    k=(75, 100, 500, 2000, 200, "K_def: Langevin steps of the defence"),
+    h_def=(24, 24, 50, 128, 64, "chains of a verdict"),
+    h_adv=(6, 6, 8, 48, 24, "chains of an attack's gradient"),
+    n=(20, 20, 20, 50, 50, "N: steps of the attack"),
+    eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, "l_inf radius of the attack"),
+    step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
+    last=(5, 5, 5, 10, 10, "steps that the second attack goes back through"),
+    n_last=(6, 6, 10, 50, 50, "N of that attack"),
+    images=(100, 100, 200, 5000, 10_000, "test images under attack"),
+    few=(50, 50, 100, 125, 125, "of these, in figures 3.3 and 3.4"),
+    other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "data set of table 4.1"),
+    u_iters=(1000, 1000, 3000, 50_000, 50_000, "updates of the U-Nets of table 4.2 and figure 3.4"),
+)
+BETA = 20.0  # sharpness of the smooth stand-in for ReLU and leaky ReLU
+SIGMA = 0.01  # noise that the score network takes off, [0, 1] pixels
+ETA = SIGMA / 2  # noise of a step of its chains
 
-@dataclasses.dataclass
-class Settings:
-    """Everything that can be set; each field is also a flag (--eps 8/255). Defaults: CIFAR-10, published."""
-    classes: str = ""            # of the data set, that f tells apart: "0-9"; all
-    energy_classes: str = ""     # that the energy is trained on; all
-    f_net: str = "wrn28"         # natural classifier f: small_cnn, wrn16, wrn28 (f_width: widening), resnet18
-    f_width: float = 10.0
-    f_iters: int = 50_000        # its updates, batch 100
-    f_sgd: float = 0.1           # rate of SGD; a tenth of it from 40 % on, a hundredth from 60 %; 0: Adam
-    augment: str = "crop_flip"   # of the classifier's images: none, crop, crop_flip
-    net: str = "sngan"           # V: light_ebm, sngan, biggan_deep
-    width: float = 1.0           # times the published channels
-    updates: int = 150_000
-    lr: float = 1e-4             # of Adam, at first
-    batch: int = 128             # data, and as many chains
-    bank: int = 24_960           # chains, a multiple of the batch
-    k_train: int = 100           # Langevin steps of an update
-    p: float = 0.05              # a state is replaced with this probability after an update
-    rejuvenate: str = "generator"  # by an image of: generator (trained first), data
-    tau_train: float = 0.00625   # standard deviation of a step's noise; .0125 in [-1, 1]
-    tau: float = 0.005           # the same when defending; .01 in [-1, 1]
-    temperature: float = 1e-4    # T
-    data_noise: float = 0.0125   # .025 in [-1, 1]
-    tau_short: float = 0.0025    # of the short-run energy; .005 in [-1, 1]
-    g_width: float = 1.0         # of the generator, and of its discriminator
-    g_iters: int = 50_000        # its updates, two of the discriminator's to each
-    k: int = 2000                # K_def
-    h_def: int = 128             # chains of a verdict
-    h_adv: int = 48              # chains of an attack's gradient
-    n: int = 50                  # N: updates of the attacked image
-    eps: float = 8 / 255         # of the attack, l_inf
-    step: float = 2 / 255
-    restarts: int = 1
-    power: int = 4               # table 3.3: times N, with 4/3 of H_adv
-    last: int = 10               # steps of the chain that the stronger attack goes back through
-    beta: float = 20.0           # sharpness of its stand-in for ReLU
-    n_last: int = 50             # N of that attack
-    n_few: int = 50              # N of figures 3.3 and 3.4
-    other: str = "cifar100"      # table 4.1: a data set, or some of its classes, NAME:0-9
-    other_net: str = ""          # its classifier; f's
-    other_iters: int = 50_000
-    masks: str = "pets"          # table 4.2: pets, or a grey set that gets clutter
-    u_width: float = 2.0         # of the U-Net, 1: 16 channels
-    u_iters: int = 20_000
-    sigma: float = 0.01          # noise of the score network's training; eta is half of it
-    s_width: float = 4.0         # of its U-Net
-    s_iters: int = 100_000
-    images: int = 5000           # test images
-    few: int = 125               # test images of figures 3.3 and 3.4
-    chunk: int = 1600            # chains that run as one batch
-    graph: int = 1               # CUDA: replay a captured step; 0: launch every kernel
-    log_every: int = 500
-    save_every: int = 1000
+# --- Langevin sampling, and chains of a score ---------------------------------------------------------------
 
-    def __post_init__(self):
-        common.at_least(1, self, "updates", "batch", "k_train", "k", "h_def", "h_adv", "power", "restarts",
-                        "images", "few", "chunk", "log_every", "save_every", "last", "g_iters", "s_iters")
-        if not all(0 < v < math.inf for v in (self.tau_train, self.tau, self.temperature, self.sigma)):
-            raise UserError("--tau-train, --tau, --temperature and --sigma must be above 0 and finite")
-        if not self.p <= 1 or self.rejuvenate not in ("generator", "data"):
-            raise UserError("--p is a probability, --rejuvenate is generator or data")
-        if self.bank % self.batch or not self.bank or self.last > self.k:
-            raise UserError("--bank must be a multiple of --batch, --last at most --k")
-        self.few = min(self.few, self.images)
+def langevin_step(x, V, tau, T):
+    """Eq. 2.3: x - tau^2/(2T) grad V(x) + tau z, z ~ N(0, I); never clamped. [B, C, S, S] -> same."""
+    return x - tau**2 / (2 * T) * input_gradient(V, x) + tau * torch.randn_like(x)
 
+def langevin(x, steps, V, tau, T):
+    """A chain of `steps` Langevin steps from each image [B, C, S, S] -> its end."""
+    return repeat(langevin_step, x, steps, V, tau, T)
 
-new, PAPER = dataclasses.replace, Settings()
-GREY = new(  # 28 pixels, not in the source; f, eps, tau, T, BPDA+EOT are those of stochastic_security.py
-    PAPER, f_net="small_cnn", f_width=1.0, f_iters=300, f_sgd=0.0, augment="none", net="light_ebm", width=0.5,
-    updates=800, lr=4e-4, batch=64, bank=1024, k_train=20, rejuvenate="data", tau_train=0.015, tau=0.015,
-    temperature=1e-4, data_noise=0.03, tau_short=0.006, g_width=0.125, g_iters=1500, k=75, h_def=24, h_adv=6,
-    n=20, eps=0.08, step=0.02, last=5, n_last=6, n_few=10, other="letters:0-9", other_iters=300,
-    masks="glyphs", u_width=1.0, u_iters=1000, s_width=1.0, s_iters=1500, images=100, few=50, chunk=250,
-    log_every=100, save_every=200)
-MNIST = new(GREY, f_iters=600, updates=1600, k=100, eps=0.2, step=0.05, masks="mnist")
-QUICK = dict(f_iters=6000, width=0.5, updates=6000, batch=100, bank=5000, k_train=50, g_width=0.5,
-             g_iters=4000, k=500, h_def=50, h_adv=8, n=20, last=5, n_last=10, n_few=10, u_iters=2000,
-             s_iters=5000, s_width=2.0, images=200, few=100, other_iters=6000, log_every=200, save_every=500)
-CIFAR = new(PAPER, f_net="wrn16", f_width=4.0, other="cifar100:0-9", masks="glyphs", **QUICK)
-TINY = new(CIFAR, classes="0-9", energy_classes="0-99", other="tinyimagenet:100-109", f_iters=2000,
-           other_iters=2000, width=0.25, rejuvenate="data", tau_train=0.005, eps=4 / 255, step=1 / 255, k=300)
-IMAGENET = new(
-    PAPER, f_net="efficientnet_b7", f_iters=0, net="biggan_deep", batch=64, bank=9984, rejuvenate="data",
-    tau_train=0.01, tau=0.01, temperature=1e-5, data_noise=0.015, k=200, h_def=64, h_adv=24, eps=2 / 255,
-    step=1 / 255, other="flowers102", other_net="pretrained50", other_iters=2000, images=10_000, chunk=64)
+def soft_langevin(x, steps, V, smooth, tau, T):
+    """The same chain with a derivative: values are those of V, derivatives those of its smooth stand-in."""
+    for _ in range(steps):
+        (slope,) = torch.autograd.grad(smooth(x).float().sum(), x, create_graph=True)
+        soft = x - tau**2 / (2 * T) * slope
+        x = soft + (langevin_step(x, V, tau, T) - soft).detach()
+    return x
 
+def score_step(x, net):
+    """Sec. 3.2.4: x + eta^2/2 S(x) + eta z, S = net / sigma, in float32 (bfloat16 would round too much)."""
+    return x + ETA**2 / 2 * net(x) / SIGMA + ETA * torch.randn_like(x)
 
-def three_sizes(quick, paper):
-    """The three budgets of a data set."""
-    tiny = dict(f_iters=min(quick.f_iters, 3), other_iters=3, u_iters=2, s_iters=2, g_iters=2, updates=6,
-                batch=4, bank=8, k_train=2, k=3, h_def=3, h_adv=2, n=2, n_last=1, n_few=1, last=2, images=8,
-                few=4, log_every=2, save_every=2, width=0.05, g_width=0.03, u_width=0.25, s_width=0.25)
-    return {"smoke": new(quick, **tiny, f_width=min(quick.f_width, 1)), "quick": quick, "paper": paper}
+def score_chain(x, steps, net):
+    """A chain of `steps` steps along the score from each image [B, C, S, S] -> its end."""
+    return repeat(score_step, x, steps, net)
 
+# --- learning the energy (Algorithm 4), and a score ---------------------------------------------------------
 
-def enlarged(s):
-    """The budget "paper" of sets that are not in the source: ten times the training, Alg. 3 at its size."""
-    return new(s, width=1.0, updates=10 * s.updates, f_iters=3000, other_iters=3000, u_iters=6000,
-               s_iters=15_000, g_iters=15_000, h_def=128, h_adv=48, n=50, n_last=50, n_few=50, images=1000,
-               few=125)
+def descend(optimizer, loss):
+    """A step of the optimiser down the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
+def rejuvenate(bank, age, rows, p, data):
+    """Alg. 4, last step: with probability p each, states of these rows become training images of age 0."""
+    dead = (torch.rand(len(rows)) < p).nonzero()[:, 0]
+    if len(dead):
+        rows = rows[dead.to(rows.device)]
+        index = torch.randint(len(data), dead.shape)
+        bank[rows] = data.take(index).to(bank.device)
+        age[rows] = 0
 
-SETTINGS = {"glyphs": three_sizes(GREY, enlarged(GREY)), "mnist": three_sizes(MNIST, enlarged(MNIST)),
-            "cifar10": three_sizes(CIFAR, PAPER),
-            "tinyimagenet": three_sizes(TINY, new(TINY, **{k: getattr(PAPER, k) for k in (
-                "width updates bank batch k_train k h_def h_adv n n_last last u_iters s_iters".split())})),
-            "imagenet": three_sizes(new(IMAGENET, updates=3000, bank=960, other_iters=500, u_iters=500, n=10,
-                                        s_iters=500, n_last=5, n_few=5, images=64, few=16), IMAGENET)}
-ENERGY_SETTINGS = ("energy_classes net width updates lr batch bank k_train p rejuvenate tau_train "
-                   "temperature data_noise g_width").split()
-NOT_OF_THE_ATTACK = "k last few n_last n_few power sigma other masks log_every save_every graph".split()
-
-# --- Langevin sampling --------------------------------------------------------------------------------------
-
-
-def langevin_step(V, x, z, tau, temperature):
-    """Eq. 2.3: x - tau^2/(2T) grad V(x) + tau z -> states [B, C, S, S], |grad V| [B]. Any range, no clamp."""
-    with torch.enable_grad():
-        y = x.detach().to(next(V.parameters()).dtype).requires_grad_(True)
-        gradient = torch.autograd.grad(V(y).float().sum(), y)[0].float()                       # [B, C, S, S]
-    return x - tau ** 2 / (2 * temperature) * gradient + tau * z, gradient.flatten(1).norm(dim=1)
-
-
-class Sampler:
-    """Chains of V, on a copy with frozen weights: bfloat16 and channels-last where the processor has units
-    for it (states stay float32), each step a CUDA graph on a GPU. fast=False: the plain float32 loop."""
-
-    def __init__(self, V, tau, temperature, fast=True, graph=True, noise=torch.randn_like):
-        self.source, self.tau, self.temperature, self.noise, self.ready = V, tau, temperature, noise, {}
-        self.V, device = copy.deepcopy(V).requires_grad_(False), next(V.parameters()).device
-        if fast and common.bfloat16_units(device):
-            self.V = self.V.to(torch.bfloat16, memory_format=torch.channels_last)
-        self.replay = fast and graph and device.type == "cuda"
-
-    @torch.no_grad()
-    def follow(self):
-        """Take over the weights that V has now; in place, so that recorded steps see them."""
-        for mine, its in zip(self.V.parameters(), self.source.parameters()):
-            mine.copy_(its)
-
-    def prepare(self, size, like):
-        """States of `size` chains, their sums of |grad V|, and a function that takes one step in place."""
-        state, total = like.new_zeros(size, *like.shape[1:]), like.new_zeros(size)
-
-        def once():
-            moved, norm = langevin_step(self.V, state, self.noise(state), self.tau, self.temperature)
-            state.copy_(moved)
-            total.add_(norm)
-        return state, total, common.captured(once) if self.replay else once
-
-    def __call__(self, x, steps):
-        """`steps` steps from x [B, C, S, S] -> states, mean |grad V| over steps and chains (0-d)."""
-        size = 50 << ((len(x) - 1) // 50).bit_length() if self.replay else len(x)  # padded: few graphs
-        if size not in self.ready:
-            self.ready = (self.ready if self.replay else {}) | {size: self.prepare(size, x)}
-        state, total, once = self.ready[size]
-        state[:len(x)] = x
-        total.zero_()
-        for _ in range(steps):
-            once()
-        return state[:len(x)].clone(), total[:len(x)].mean() / max(steps, 1)
-
-
-class Score:
-    """Sec. 3.2.4: x <- x + eta^2/2 S(x) + eta z with S = net / sigma, the score of the data plus noise sigma.
-    Called as a Sampler is; float32: bfloat16 would round a pixel by as much as the noise to be removed."""
-
-    def __init__(self, net, sigma, noise=torch.randn_like):
-        self.net, self.sigma, self.eta, self.noise = net, sigma, sigma / 2, noise
-
-    @torch.no_grad()
-    def __call__(self, x, steps):
-        """`steps` steps from x [B, C, S, S] -> states, mean |S| over steps and chains (0-d)."""
-        total = x.new_zeros(len(x))
-        for _ in range(steps):
-            S = self.net(x) / self.sigma
-            x, total = x + self.eta ** 2 / 2 * S + self.eta * self.noise(x), total + S.flatten(1).norm(dim=1)
-        return x, total.mean() / max(steps, 1)
-
-
-# --- learning: the energy (Algorithm 4), its generator, and the score ---------------------------------------
-
-
-def annealed(it, updates):
-    """Factor of Adam's rate in update it = 1 ... updates: a tenth each after 1/3, 1/2, 2/3, 5/6 of them."""
-    return 0.1 ** sum(it > updates * part for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6))
-
-
-def rejuvenate(bank, age, place, p, fresh):
-    """Alg. 4, last step: states at `place` [m], with probability p each, become fresh(places), of age 0."""
-    new = place[torch.rand(len(place)).to(place.device) < p]
-    if len(new):
-        bank[new], age[new] = fresh(new), 0
-
-
-@torch.no_grad()
-def drawn(G, z):
-    """Images that a generator makes of latents z [n, 128] -> [n, C, S, S], in batches of 250."""
-    return torch.cat([G(part) for part in z.split(250)])
-
-
-@common.own_randomness
-def train_midrun(lab, name="energy", anneal=True, tandem=False, **changes):
-    """Algorithm 4 -> (V, age of each state in the bank, int64 [N] Langevin steps, G or None).
-
-    anneal=False: Adam's first rate throughout. tandem: the short-run energy, whose states come from a
-    generator G that learns from them: it moves G(z) to where the chain that began at G(z) now is.
-    """
-    run, s = lab.run, dataclasses.replace(lab.s, **changes)
-    V = common.make_net(s.net, 1, lab.data.shape, s.width).to(run.device)
-    G = common.make_net("sngan_generator", 1, lab.data.shape, s.g_width).to(run.device) if tandem else None
-    z = torch.zeros(s.bank, 128, device=run.device)                             # what G made a state of
-
-    @torch.no_grad()
-    def fresh(places):
-        """New states for these places of the bank."""
-        if not tandem:
-            return lab.fresh(len(places))
-        z[places] = torch.randn(len(places), 128, device=run.device)
-        return drawn(G, z[places])
-    bank = fresh(torch.arange(s.bank, device=run.device))
+@seeded
+def train_midrun(run, s, data, name="energy"):
+    """Algorithm 4 -> V, and the age of each state in the bank: Langevin steps since it was fresh, int64."""
+    V = common.to_device(common.make_net(s.net, 1, data.shape, s.width), run.device)
+    V_fast = frozen_copy(V)
+    bank = torch.zeros(s.bank, *data.shape, device=run.device)
     age = torch.zeros(s.bank, dtype=torch.long, device=run.device)
-    optimizer = torch.optim.Adam(V.parameters(), s.lr)
-    parts = {"V": V, "bank": bank, "age": age, "optimizer": optimizer}
-    if tandem:
-        descent = torch.optim.Adam(G.parameters(), 1e-4)
-        parts |= {"G": G, "z": z, "descent": descent}
-    made_with = {k: getattr(s, k) for k in ENERGY_SETTINGS} | lab.made_with | {"anneal": anneal}
-    sampler, xs = Sampler(V, s.tau_train, s.temperature, graph=s.graph), None
-    drift = s.tau_train / (2 * s.temperature) / math.sqrt(bank[0].numel())      # per unit of |grad V|
-
-    def cost():
-        return (s.k_train + 6) * s.batch / common.throughput(sampler, bank[:s.batch], 0.3)
-    for it, row in common.updates(run, name, s.updates, made_with, parts, ("d", "grad", "drift", "age"),
-                                  s.log_every, s.save_every, cost):
-        xs = xs or batches(lab.data, s.batch, run.args.seed, it - 1, device=run.device)
-        x = next(xs)[0]
-        x = x + s.data_noise * torch.randn_like(x)                              # [m, C, S, S], not clamped
-        place = batch_index(s.bank, s.batch, run.args.seed + 1, it - 1).to(run.device)
-        sampler.follow()
-        chains, norm = sampler(bank[place], s.k_train)
+    adam = torch.optim.Adam(V.parameters(), s.lr)
+    tenths = common.multiples(s.updates, (1 / 3, 1 / 2, 2 / 3, 5 / 6))
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, tenths)
+    made_from = common.pick(
+        s, "net width updates lr batch bank k_train p temperature data_noise"
+    )
+    made_from.update(tau_train=s.tau, images=data)
+    training = Training(
+        run,
+        name,
+        made_from,
+        {"moved": 1},
+        "a lower --lr",
+        V=V,
+        bank=bank,
+        age=age,
+        adam=adam,
+        schedule=schedule,
+    )
+    if training.it == 0:
+        rejuvenate(bank, age, torch.arange(s.bank, device=run.device), 1, data)
+    stream = common.batches(data, s.batch, run.seed, training.it, device=run.device)
+    for it in training.updates(s.updates):
+        x, _ = next(stream)
+        x = x + s.data_noise * torch.randn_like(x)  # [m, C, S, S], not clamped
+        rows = common.batch_index(s.bank, s.batch, run.seed + 1, it - 1).to(run.device)
+        follow(V_fast, V)
+        chains = langevin(bank[rows], s.k_train, V_fast, s.tau, s.temperature)
         with fast_precision(run.device):
             v_data, v_chains = V(torch.cat([x, chains]))[:, 0].float().chunk(2)
-        d = (v_data.mean() - v_chains.mean()) / s.temperature
-        optimizer.zero_grad(set_to_none=True)
-        d.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = s.lr * (annealed(it, s.updates) if anneal else 1)
-        optimizer.step()
+        d = (v_data.mean() - v_chains.mean()) / s.temperature  # its gradient is Eq. 2.2
+        descend(adam, d)
+        schedule.step()
+        moved = (chains - bank[rows]).square().mean().sqrt()
+        bank[rows] = chains
+        age[rows] += s.k_train
+        rejuvenate(bank, age, rows, s.p, data)
+        training.log(d=d, moved=moved, age=age.float().mean())
+    return V, age
 
-        bank[place] = chains
-        age[place] += s.k_train
-        if tandem:
-            descent.zero_grad(set_to_none=True)
-            (G(z[place]) - chains).pow(2).flatten(1).sum(1).mean().backward()
-            descent.step()
-        rejuvenate(bank, age, place, s.p, fresh)
-        row |= {"d": d.item(), "grad": norm.item(), "drift": drift * norm.item()}
-        row["age"] = age.float().mean().item()
-        if row["drift"] > 10:
-            raise Diverged(f"training diverged at update {it}: the gradient moves chains {row['drift']:.3g} "
-                           "times as far as noise; try a lower --lr")
-    return V, age, G and G.eval()
+def double_conv(c_in, c_out, norm):
+    """Two convolutions, each with a normalisation and a ReLU."""
+    layers = []
+    for c in (c_in, c_out):
+        layers += [nn.Conv2d(c, c_out, 3, 1, 1), norm(c_out), nn.ReLU()]
+    return nn.Sequential(*layers)
 
+class UNet(nn.Module):
+    """U-Net: images of shape (C, S, S) -> [B, outputs, S, S]. Another one inside works at half the side."""
 
-@torch.enable_grad()  # its first use stands inside no_grad
-@common.own_randomness
-def train_generator(lab):
-    """An SNGAN -> G, frozen, z [B, 128] -> images. Hinge losses; spectral normalisation in D."""
-    run, s, shape = lab.run, lab.s, lab.data.shape
-    G = common.make_net("sngan_generator", 1, shape, s.g_width).to(run.device)
-    D = common.spectral(common.make_net("sngan", 1, shape, s.g_width)).to(run.device)
-    of_g, of_d = (torch.optim.Adam(net.parameters(), 2e-4, (0.0, 0.9)) for net in (G, D))
-    made_with = {k: getattr(s, k) for k in ("energy_classes", "g_width", "g_iters", "batch")} | lab.made_with
-    xs = None
-    for it, row in common.updates(run, "generator", s.g_iters, made_with, {
-            "G": G, "D": D, "of_g": of_g, "of_d": of_d}, ("real", "fake"), s.log_every, s.save_every):
-        xs = xs or batches(lab.data, s.batch, run.args.seed, 2 * it - 2, device=run.device)
-        for last in (False, True):                                              # two updates of D to one of G
-            x, fake = next(xs)[0], G(torch.randn(s.batch, 128, device=run.device))
-            with fast_precision(run.device):
-                d_real, d_fake = D(x).float(), D(fake.detach()).float()
-            of_d.zero_grad(set_to_none=True)
-            (F.relu(1 - d_real).mean() + F.relu(1 + d_fake).mean()).backward()
-            of_d.step()
-        with fast_precision(run.device):
-            loss = -D(fake).float().mean()
-        of_g.zero_grad(set_to_none=True)
-        loss.backward()
-        of_g.step()
-        row |= {"real": d_real.mean().item(), "fake": d_fake.mean().item()}
-    return G.eval().requires_grad_(False)
+    def __init__(self, outputs, shape, width=1.0, norm=nn.BatchNorm2d):
+        super().__init__()
+        channels, side, _ = shape
+        c = max(2 * channels, 16)
+        self.first = double_conv(channels, c, norm)
+        self.last = nn.Conv2d(c, outputs, 1)
+        self.inner = None
+        if side > 8 and side % 2 == 0:
+            self.inner = UNet(c, (c, side // 2, side // 2), norm=norm)
+            self.join = double_conv(2 * c, c, norm)
 
+    def forward(self, x):
+        x = self.first(x)
+        if self.inner:
+            inside = F.interpolate(self.inner(F.max_pool2d(x, 2)), scale_factor=2)
+            x = self.join(torch.cat([x, inside], 1))
+        return self.last(x)
 
-@common.own_randomness
-def train_score(lab):
-    """Denoising score matching at one sigma -> Score: net(x + sigma z) is to be -z."""
-    run, s, xs = lab.run, lab.s, None
-    net = common.make_net("score", 1, lab.data.shape, s.s_width).to(run.device)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    made_with = {k: getattr(s, k) for k in ("energy_classes", "s_width", "s_iters", "sigma", "batch")}
-    made_with |= lab.made_with
-    for it, row in common.updates(run, "score", s.s_iters, made_with, {"net": net, "optimizer": optimizer},
-                                  ("loss",), s.log_every, s.save_every):
-        xs = xs or batches(lab.data, s.batch, run.args.seed, it - 1, device=run.device)
-        x = next(xs)[0]
+@seeded
+def train_score(run, s, data):
+    """Denoising score matching at one sigma: net(x + sigma z) is to be -z; then net / sigma is the score."""
+    net = UNet(data.shape[0], data.shape, norm=nn.Identity).to(run.device)
+    adam = torch.optim.Adam(net.parameters())
+    made_from = {"net": net, "updates": s.u_iters, "batch": s.batch, "images": data}
+    training = Training(run, "score", made_from, net=net, adam=adam)
+    stream = common.batches(data, s.batch, run.seed, training.it, device=run.device)
+    for _ in training.updates(s.u_iters):
+        x, _ = next(stream)
         z = torch.randn_like(x)
-        loss = (net(x + s.sigma * z) + z).pow(2).mean()                         # 1: it has learned nothing
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - (it - 1) / s.s_iters)
-        optimizer.step()
-        row["loss"] = loss.item()
-    return Score(net.requires_grad_(False), s.sigma)
+        loss = (net(x + SIGMA * z) + z).square().mean()
+        descend(adam, loss)
+        training.log(loss=loss)
+    return net.requires_grad_(False)
 
+# --- attacks on a classifier, and on a defended one: Algorithm 3 --------------------------------------------
 
-# --- attacks, the defence, and Algorithm 3 ------------------------------------------------------------------
+class LInf(NamedTuple):
+    """The l_inf ball around an image, in which an attack moves; eps and step in [0, 1] units."""
+    eps: float
+    step: float
 
+    def start(self, x):
+        """A uniform draw from the ball around x [B, C, S, S], which must be in [0, 1]."""
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(
+                f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]"
+            )
+        return (x + self.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
 
-def random_start(x, eps, norm):
-    """Uniform in the l_inf ball; for l_2 a random direction, radius uniform in [0, eps]; then in [0, 1].
-    ValueError for images outside [0, 1]."""
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
-    if norm == "inf":
-        return (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
-    direction = F.normalize(torch.randn_like(x).flatten(1)).view_as(x)
-    return (x + eps * torch.rand(len(x), 1, 1, 1, device=x.device) * direction).clamp(0, 1)
+    def ascend(self, x, x0, gradient):
+        """A step up the loss, back into the ball around x0, then into [0, 1]. Gradient 0 moves nothing."""
+        moved = x + self.step * gradient.sign() - x0
+        return (x0 + moved.clamp(-self.eps, self.eps)).clamp(0, 1)
 
+def pgd_step(x, f, x0, y, ball):
+    """A step up the cross-entropy of f."""
+    with fast_precision(x.device):
+        gradient = input_gradient(
+            lambda x: F.cross_entropy(f(x).float(), y, reduction="none"), x
+        )
+    return ball.ascend(x, x0, gradient)
 
-def ascend(x, x0, gradient, step, eps, norm):
-    """A PGD step up the loss, back into the ball around x0, then [0, 1]. A zero gradient moves nothing."""
-    if norm == "inf":
-        return (x0 + (x + step * gradient.sign() - x0).clamp(-eps, eps)).clamp(0, 1)
-    moved = x + step * F.normalize(gradient.flatten(1), eps=1e-30).view_as(x) - x0
-    length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return (x0 + moved * (eps / length.clamp(min=max(eps, 1e-12)))).clamp(0, 1)
-
-
-def attack_f(f, x, y, steps, step, eps, scale=1.0):
-    """l_inf PGD on f itself, random start; x float32 [B, C, S, S] in [0, 1] -> the last images.
-    `scale` multiplies the logits: 1, but for a trap."""
-    if len(x) > 250:
-        return torch.cat([attack_f(f, *half, steps, step, eps, scale) for half in zip(x.tensor_split(2),
-                                                                                     y.tensor_split(2))])
-    x0, x, training = x, random_start(x, eps, "inf"), f.training
+def pgd(f, x, y, steps, ball):
+    """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
+    training = f.training
     f.eval()
-    with torch.enable_grad(), fast_precision(x.device):
-        for _ in range(steps):
-            x.requires_grad_(True)
-            loss = F.cross_entropy(scale * f(x).float(), y, reduction="sum")
-            gradient, = torch.autograd.grad(loss, x)
-            x = ascend(x.detach(), x0, gradient, step, eps, "inf")
+    attacked = []
+    for x0, labels in zip(x.split(250), y.split(250)):
+        attacked.append(repeat(pgd_step, ball.start(x0), steps, f, x0, labels, ball))
     f.train(training)
-    return x.detach()
+    return torch.cat(attacked)
 
+def stay(x, steps):
+    """No chain at all."""
+    return x
 
+@dataclass
 class Defence:
-    """F_H of Eq. 2.5: f after K Langevin steps; float32 [B, C, S, S] in [0, 1]. K = 0: f itself, H = 1."""
-
-    def __init__(self, f, K=0, sampler=None, smooth=None, chunk=250):
-        self.f, self.K, self.sampler, self.smooth, self.chunk = f, K, sampler, smooth, chunk
+    """F_H of Eq. 2.5: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
+    f: nn.Module
+    K: int = 0
+    chain: object = stay  # chain(x, steps): ends of chains
+    soft_chain: object = stay  # the same with a derivative
+    chunk: int = 250
 
     def purify(self, x, H, steps):
-        """T(x): H chains an image, run as one batch -> [H, B, C, S, S]."""
-        z = x.repeat(H, 1, 1, 1)                                # chain h of image b stands in row h * B + b
-        if steps:
-            z = torch.cat([self.sampler(part, steps)[0] for part in z.split(self.chunk)])
-        return z.unflatten(0, (H, len(x)))
+        """T(x): the ends of H chains an image [H * B, C, S, S]; chain h of image b in row h * B + b."""
+        return by_parts(partial(self.chain, steps=steps), x.repeat(H, 1, 1, 1), self.chunk)
 
-    def chains(self, x, H):
-        """Logits of each of H chains [H, B, classes]; their mean over H is F_H (Eq. 2.5)."""
-        H, logits = H if self.K else 1, []
+    @torch.no_grad()
+    def logits(self, x, H):
+        """Logits of each of H chains [H, B, classes]; their mean over H is F_H."""
+        H = H if self.K else 1
+        parts = []
         for part in x.split(max(self.chunk // H, 1)):
-            z = self.purify(part, H, self.K)
-            with torch.no_grad(), fast_precision(x.device):
-                logits.append(torch.cat([self.f(z_).float() for z_ in z.flatten(0, 1).split(250)]).unflatten(
-                    0, z.shape[:2]))
-        return torch.cat(logits, 1)
+            ends = self.purify(part, H, self.K)
+            with fast_precision(x.device):
+                logits = by_parts(self.f, ends, 250).float()
+            parts.append(logits.unflatten(0, (H, len(part))))
+        return torch.cat(parts, 1)
 
     def predict(self, x, H):
         """Eq. 2.6 with H fresh chains -> classes [B]."""
-        return self.chains(x, H).mean(0).argmax(1)
+        return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 2.10: F_H [B, classes], and the gradient of its loss averaged over the chains [B, C, S, S].
+        """Eq. 2.10: F_H [B, classes], and the gradient of its loss, averaged over chains; last = 0: BPDA."""
+        H = H if self.K else 1
+        logits, gradients = [], []
+        few = max(self.chunk // H, 1)
+        for part, labels in zip(x.split(few), y.split(few)):
+            z = self.purify(part, H, self.K - last).requires_grad_(True)
+            with torch.enable_grad(), fast_precision(x.device):
+                ends = self.soft_chain(z, last)
+                F_H = self.f(ends).float().unflatten(0, (H, len(part))).mean(0)
+            (gradient,) = torch.autograd.grad(self.loss(F_H, labels), z)
+            logits.append(F_H.detach())
+            gradients.append(gradient.unflatten(0, (H, len(part))).mean(0))
+        return torch.cat(logits), torch.cat(gradients)
 
-        last = 0: BPDA, the identity for T. Else back through the chain's last steps: their values are the
-        true chain's, their derivative that of the smooth stand-in.
-        """
-        H, found = H if self.K else 1, []
-        for x_, y_ in zip(x.split(max(self.chunk // H, 1)), y.split(max(self.chunk // H, 1))):
-            states, few = self.purify(x_, H, self.K - last), max(250 // H, 1)   # [H, b, C, S, S]
-            for start, label in zip(states.split(few, 1), y_.split(few)):
-                start = start.clone().requires_grad_(True)
-                with torch.enable_grad(), fast_precision(x.device):
-                    z = self.last_steps(start.flatten(0, 1), last)
-                    logits = self.f(z).float().unflatten(0, start.shape[:2]).mean(0)
-                    loss = F.cross_entropy(logits, label, reduction="sum")
-                found.append((logits.detach(), torch.autograd.grad(loss, start)[0].mean(0)))
-        return [torch.cat(column) for column in zip(*found)]
+    def loss(self, F_H, y):
+        """What an attack climbs: the sum of the images' losses."""
+        return F.cross_entropy(F_H, y, reduction="sum")
 
-    def last_steps(self, z, steps):
-        """Langevin steps with the sampler's values and the smooth stand-in's derivative."""
-        sampler = self.sampler
-        for _ in range(steps):
-            slope, = torch.autograd.grad(self.smooth(z).float().sum(), z, create_graph=True)
-            smooth = z - sampler.tau ** 2 / (2 * sampler.temperature) * slope
-            true, _ = langevin_step(sampler.V, z, sampler.noise(z), sampler.tau, sampler.temperature)
-            z = smooth + (true - smooth).detach()
-        return z
+    def right(self, prediction, y):
+        """Which predictions are right: bool [B]."""
+        return prediction == y
 
+class Attack(NamedTuple):
+    """Settings of Algorithm 1. last: as in Defence.gradient."""
+    ball: object
+    N: int
+    H_adv: int
+    H_def: int
+    restarts: int = 1
+    last: int = 0
 
-@common.own_randomness
-def algorithm_1(lab, name, defence, last=0, norm="inf", verify=True, **changes):
-    """Algorithm 1 -> (record bool [1 + restarts (N + 1), n]: still right; adversaries float32 [n, C, S, S]).
+class Outcome(NamedTuple):
+    """Of an attack on n images."""
+    natural: torch.Tensor  # bool [n]: right before it
+    robust: torch.Tensor  # bool [n]: right after it
+    record: (
+        torch.Tensor
+    )  # bool [1 + restarts (N + 1), n], row t: right up to the t-th evaluation
+    x: torch.Tensor  # what broke an image, else the last one tried; itself where it is wrong
+    attack: Attack
 
-    Row 0: natural images; row t: not broken up to the t-th evaluation; what is right, lab.right says. The
-    adversary: what broke the image, else the last one tried; the image itself where that is wrong. `last` as
-    in Defence.gradient; norm inf or 2; verify=False is a trap; changes: to the settings. Can be interrupted.
-    """
-    s = dataclasses.replace(lab.s, **changes)
-    x0, y, file = lab.x[:s.images], lab.y[:s.images], lab.run.folder / f"attack-{name}.pt"
-    made_with = {k: v for k, v in vars(s).items() if k not in NOT_OF_THE_ATTACK} | lab.made_with
-    made_with |= {"images": s.images, "K": defence.K, "last": last, "norm": norm, "verify": verify}
-    state, start, total = common.load_checkpoint(file, made_with), time.time(), s.restarts * (s.n + 1)
-    if state:
-        x, record = state["x"].to(x0.device), state["record"].to(x0.device)
-    else:
-        x, record = x0.clone(), lab.right(defence.predict(x0, s.h_def), slice(len(y)))[None]
-        cost = (time.time() - start) / s.h_def * s.h_adv * total
-        print(f"  {name}: {total} evaluations of {len(y)} images, at most some {cost:.0f} s", flush=True)
-    said = time.time()
-    for t in range(len(record) - 1, total):
-        right = record[-1].clone()
-        alive = right.nonzero()[:, 0]                           # broken images have left the batch
+@seeded
+def eot_attack(run, defence, x0, y, a):
+    """Algorithm 1 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
+    x, evaluations = x0.clone(), a.restarts * (a.N + 1)
+    record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
+    made_from = {
+        "f": defence.f,
+        "chain": defence.chain,
+        "K": defence.K,
+        "images": x0,
+        "labels": y,
+        "attack": a,
+    }
+    attack = Training(run, "attack", made_from, unique=True, x=x, record=record)
+    if attack.it == 0:
+        record[0] = defence.right(defence.predict(x, a.H_def), y)
+    for t in attack.updates(evaluations, "evaluation"):
+        still = record[t - 1].clone()
+        alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
-            if t % (s.n + 1) == 0:
-                x[alive] = random_start(x0, s.eps, norm)[alive]
-            logits, gradient = defence.gradient(x[alive], y[alive], s.h_adv, last)
-            broken = alive[~lab.right(logits.argmax(1), alive)]
-            if len(broken) and verify:
-                broken = broken[~lab.right(defence.predict(x[broken], s.h_def), broken)]
-            right[broken] = False
-            left = right[alive]
-            if t % (s.n + 1) < s.n:                             # no update after a restart's last evaluation
-                alive, gradient = alive[left], gradient[left]
-                x[alive] = ascend(x[alive], x0[alive], gradient, s.step, s.eps, norm)
-        record = torch.cat([record, right[None]])
-        if len(alive) or t + 1 == total:
-            common.save_checkpoint(file, made_with, x=x, record=record)
-        if time.time() - said > 20 or t + 1 == total:
-            said = time.time()
-            print(f"  {name}: evaluation {t + 1}/{total}, {int(right.sum())} of {len(y)} still right, "
-                  f"{said - start:.0f} s", flush=True)
-    return record, x
+            if t % (a.N + 1) == 1:
+                x[alive] = a.ball.start(x0)[alive]
+            logits, gradient = defence.gradient(x[alive], y[alive], a.H_adv, a.last)
+            broken = alive[~defence.right(logits.argmax(1), y[alive])]
+            if len(broken):
+                verdict = defence.predict(x[broken], a.H_def)
+                broken = broken[~defence.right(verdict, y[broken])]
+            still[broken] = False
+            if t % (a.N + 1):  # no step after a restart's last evaluation
+                left = still[alive]
+                alive = alive[left]
+                x[alive] = a.ball.ascend(x[alive], x0[alive], gradient[left])
+        record[t] = still
+        attack.log(right=int(still.sum()))
+    return Outcome(record[0], record[-1], record, x, a)
 
+def chains_of(s, V):
+    """Chains of the energy as a defence runs them, and the same with a derivative."""
+    settings = {"V": frozen_copy(V), "tau": s.tau, "T": s.temperature}
+    smooth = common.smoothed(V, BETA)
+    return partial(langevin, **settings), partial(soft_langevin, smooth=smooth, **settings)
 
-# --- evaluation ---------------------------------------------------------------------------------------------
+class Task(NamedTuple):
+    """What is attacked: a defended network, its images [n, C, S, S], and what it is to say of them."""
+    defence: Defence
+    x: torch.Tensor
+    y: torch.Tensor
 
+# --- segmentation -------------------------------------------------------------------------------------------
 
 def dice(prediction, mask):
-    """Eq. 4.2 over the pixels that are not background (0), of classes [B, S, S] twice -> [B].
+    """Eq. 4.2 of classes [B, S, S] twice -> [B]; 0 is background. A wrong class counts in FP and in FN."""
+    hits = ((prediction == mask) & (mask > 0)).flatten(1).sum(1)  # TP
+    predicted = (prediction > 0).flatten(1).sum(1)  # TP + FP
+    true = (mask > 0).flatten(1).sum(1)  # TP + FN
+    return 2 * hits / (predicted + true + 1e-9)
 
-    A pixel of a wrong class counts as a false positive and as a false negative. Two empty masks: 0.
-    """
-    hits = ((prediction == mask) & (mask > 0)).flatten(1).sum(1)                # TP
-    return 2 * hits / ((prediction > 0).flatten(1).sum(1) + (mask > 0).flatten(1).sum(1) + 1e-9)
+class Segmenter(Defence):
+    """A defended network that returns a map of logits; y [B, 2, S, S]: true mask, and clean prediction."""
 
+    def loss(self, F_H, y):
+        """Cross-entropy summed over all pixels."""
+        return F.cross_entropy(F_H, y[:, 0], reduction="sum")
+
+    def right(self, prediction, y):
+        """Eq. 4.3: Dice [B] is at least half of what it was for the clean image without a defence."""
+        mask, clean = y[:, 0], y[:, 1]
+        return dice(prediction, mask) >= dice(clean, mask) / 2
+
+def segmentation_task(run, task):
+    """Of a task with masks: y as Segmenter wants it, without images that the bare network fails on."""
+    mask = task.y.long()
+    clean = replace(task.defence, K=0).predict(task.x, 1)
+    kept = dice(clean, mask) >= (0 if run.smoke else 0.1)  # smoke: it has learned nothing
+    if not kept.any():
+        raise Diverged("no clean image has a Dice of .1; try more --u-iters")
+    return Task(task.defence, task.x[kept], torch.stack([mask, clean], 1)[kept])
+
+def digits_among(args, others, split):
+    """Digits among quarters of letters (grey) or on images of `others` (colour); y: masks uint8 [N, S, S]."""
+    channels, side, _ = others.shape
+    g = torch.Generator().manual_seed(5 if split == "train" else 6)
+    digits = load(args, args.dataset if channels == 1 else "glyphs", split, 1, side)
+    ink, y = digits.some(4000)
+    if channels == 1:
+        others = load(args, "letters", split)
+    index = torch.randint(len(others), (len(y),), generator=g)
+    behind = others.take(index).to(args.device)
+    if channels == 1:
+        x = torch.maximum(ink, behind.roll((side // 2, side // 2), (2, 3)))
+    else:
+        colour = torch.rand(len(y), 3, 1, 1, generator=g).to(args.device)
+        x = behind + 0.75 * ink * (colour - behind)
+    mask = (ink[:, 0] >= 0.5) * (y[:, None, None] + 1)
+    return Images((255 * x).round().byte(), mask.byte(), "digits")
+
+# --- tables and figures -------------------------------------------------------------------------------------
+
+def rates(title, outcome, **beside):
+    """Rows of natural and robust accuracy."""
+    a = outcome.attack
+    return [
+        rate(f"natural acc{title}", outcome.natural, **beside),
+        rate(
+            f"robust acc{title}",
+            outcome.robust,
+            eps=a.ball.eps,
+            N=a.N,
+            H_adv=a.H_adv,
+            **beside,
+        ),
+    ]
+
+def attacked(run, s, task, attack, name):
+    """Natural and robust accuracy without and with the defence -> rows, {title: images}; draws NAME.png."""
+    defence, x, y = task
+    transferred = pgd(defence.f, x, y if y.dim() == 1 else y[:, 0], s.n, attack.ball)
+    bare = eot_attack(run, replace(defence, K=0), x, y, attack)
+    bpda = eot_attack(run, defence, x, y, attack)
+    through = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
+    transfer = defence.right(defence.predict(transferred, s.h_def), y)
+    worst = bpda.robust & through.robust & transfer
+    rows = rates(", no defence", bare) + rates(", BPDA+EOT", bpda, K=s.k)
+    rows += rates(", through the last steps", through, last=s.last)
+    rows.append(rate("robust acc, transfer PGD", bpda.natural & transfer, eps=s.eps, N=s.n))
+    rows.append(rate("robust acc, worst of these", worst, eps=s.eps))
+    sets, pictures = {"natural": x, "transfer PGD": transferred, "BPDA+EOT": bpda.x}, {}
+    for title, images in sets.items():
+        pictures[title] = images[:16]
+        pictures[f"{title}, {s.k} steps later"] = defence.purify(images[:16], 1, s.k)
+    run.pictures(name, pictures, 16)
+    return rows, sets
+
+def table_3_1(run, s, task, attack):
+    """The mid-run defence of the data set's own classifier (ImageNet: Tab. 3.2)."""
+    return attacked(run, s, task, attack, "table3.1")[0]
+
+def table_3_3(run, s, task, attack):
+    """Table 3.1's attack with four times the steps and a third more chains, on the same images."""
+    plain = eot_attack(run, *task, attack)
+    stronger = attack._replace(N=4 * s.n, H_adv=round(4 / 3 * s.h_adv))
+    outcome = eot_attack(run, *task, stronger)
+    rows = rates(", stronger BPDA+EOT", outcome)
+    return rows + [
+        rate("robust acc, either attack", plain.robust & outcome.robust, eps=s.eps)
+    ]
+
+def table_4_1(run, s, other_task, attack):
+    """The same energy, unchanged, before a classifier of classes that it never saw."""
+    return attacked(run, s, other_task, attack, "table4.1")[0]
+
+def table_4_2(run, s, mask_task, attack):
+    """The same energy before a U-Net; right by Eq. 4.3 (natural, no defence: 1 by definition); mean Dice."""
+    rows, sets = attacked(run, s, mask_task, attack, "table4.2")
+    rows.append(value("images of clean Dice below .1, left out", s.images - len(mask_task.x)))
+    mask = mask_task.y[:, 0]
+    pictures = {"true masks": mask[:16, None] / 10}
+    for title, images in sets.items():
+        for K in (0, s.k):
+            found = replace(mask_task.defence, K=K).predict(images, s.h_adv)
+            rows.append(value(f"mean Dice, {title}", dice(found, mask).mean().item(), K=K))
+            pictures[f"{title}, K = {K}"] = found[:16, None] / 10
+    run.pictures("table4.2-masks", pictures, 16)
+    return rows
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of two Gaussians, float64 [d], [d, d]."""
@@ -549,390 +507,143 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return ((mean1 - mean2).pow(2).sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
 
-
-class Task:
-    """What is attacked: a network f, images x float32 [n, C, S, S], labels y [n] or masks [n, S, S]."""
-
-    def __init__(self, lab, name, f, x, y, data):
-        self.lab, self.name, self.f, self.x, self.y = lab, name, f, x, y
-        self.s, self.run, self.args = lab.s, lab.run, lab.args
-        self.made_with = lab.made_with | {"task": data.name}
-        if y.ndim == 3:
-            clean = dice(Defence(f).predict(x, 1), y)
-            kept = clean >= 0.1
-            if lab.args.budget == "smoke":  # it has learned nothing
-                kept = kept | True
-            elif not kept.any():
-                raise Diverged("the U-Net finds nothing: no clean image has a Dice of .1; try more --u-iters")
-            self.x, self.y, self.clean, self.apart = x[kept], y[kept], clean[kept], int((~kept).sum())
-
-    def right(self, prediction, index):
-        """bool [B]: predicted classes [B] against labels; of masks [B, S, S], Eq. 4.3."""
-        if self.y.ndim == 1:
-            return prediction == self.y[index]
-        return dice(prediction, self.y[index]) >= self.clean[index] / 2
-
-    def defence(self, K=None, sampler=None):
-        """f behind K steps (default --k) of the mid-run energy, or of another sampler."""
-        mine = sampler or self.lab.sampler
-        smooth = None if sampler else common.smoothed(self.lab.energy[0], self.s.beta)
-        return Defence(self.f, self.s.k if K is None else K, mine, smooth, self.s.chunk)
-
-    transferred = functools.cached_property(common.own_randomness(  # PGD from the undefended network
-        lambda task: attack_f(task.f, task.x, task.y, task.s.n, task.s.step, task.s.eps)))
-
-
-class Lab:
-    """What the experiments share: data, generator, energies, and the tasks to be defended."""
-
-    def __init__(self, args):
-        self.args, self.s, s, name = args, args.settings, args.settings, args.dataset
-        side = 224 if name == "imagenet" else None
-
-        @functools.lru_cache
-        def part(classes, split):
-            if classes:
-                return load_classes(f"{name}:{classes}", split, args.data_dir, side=side).to(args.device)
-            return load_images(name, split, args.data_dir, side=side).to(args.device)
-        self.data, self.own, self.test = (part(s.energy_classes, "train"), part(s.classes, "train"),
-                                          part(s.classes, "test"))
-        self.shape = c, side, _ = self.data.shape
-        if s.images > len(self.test) or s.batch > len(self.data):
-            raise UserError(f"--images, --batch: {name} has {len(self.test)} images for test, "
-                            f"{len(self.data)} for training")
-        common.make_net(s.net, 1, self.shape, s.width)  # what can be wrong is said before any work
-        common.make_net(s.f_net, 1000, self.shape, s.f_width)
-        if s.rejuvenate == "generator" or {"figure3.1", "generator"} & set(args.only):
-            common.make_net("sngan_generator", 1, self.shape, s.g_width)
-        if not isinstance(self.own, Images) and args.budget != "smoke" and (
-                s.f_iters or int(common.folder_labels(self.test).max()) != 999):
-            raise UserError(f"{name}: f is a pretrained network of 1000 classes: --f-iters 0, and test "
-                            "images in 1000 folders, one a class")
-        self.made_with = {"seed": args.seed, "budget": args.budget, "data": [len(self.data), *self.shape]}
-        self.others, self.masks = ([load(split).to(args.device) for split in ("train", "test")]
-                                   if table in args.only else [] for table, load in (
-            ("table4.1", lambda split: load_classes(s.other, split, args.data_dir, c, side)),
-            ("table4.2", lambda split: common.load_masks(s.masks, name, split, args.data_dir, c, side))))
-        for data in (*self.others, *self.masks):
-            if data.shape != self.shape:
-                raise UserError(f"--other, --masks: images of {data.name} are {data.shape}, the energy's "
-                                f"{self.shape}")
-        self.run = Run("lifecycle_midrun", args)
-
-    def images(self, index):
-        """Training images of the energy as float32 [B, C, S, S] on the device."""
-        return self.data.take(index).to(self.run.device)
-
-    def fresh(self, n):
-        """n in-distribution states: of the frozen generator, or of the training images (--rejuvenate)."""
-        if self.s.rejuvenate == "data":
-            return self.images(torch.randint(len(self.data), (n,)).to(self.args.device))
-        return drawn(self.generator, torch.randn(n, 128, device=self.args.device))
-
-    generator = functools.cached_property(train_generator)
-    score = functools.cached_property(train_score)
-    energy = functools.cached_property(train_midrun)
-
-    @functools.cached_property
-    def sampler(self):
-        """The defence's chains of the mid-run energy: a tau of its own, the T of training."""
-        return Sampler(self.energy[0], self.s.tau, self.s.temperature, graph=self.s.graph)
-
-    @functools.cached_property
-    def features(self):
-        """("FID", Inception) or ("FD-cls", f): where Frechet distances are taken."""
-        return common.feature_network(self.data, self.args.data_dir, self.task.f)
-
-    @functools.cached_property
-    def start(self):
-        """Images that chains start from: three times --images of the test set."""
-        chosen = common.shuffled(len(self.test), 123)[:3 * self.s.images].to(self.args.device)
-        return self.test.take(chosen).to(self.args.device)
-
-    @functools.cached_property
-    def reference(self):
-        """Mean and covariance of the features of 5,000 training images (or of all)."""
-        chosen = common.shuffled(len(self.data), 321)[:5000].to(self.args.device)
-        return common.feature_statistics(self.features[1], self.images(chosen))
-
-    @common.own_randomness
-    def solver(self, name, data, outputs, net, width, iters):
-        """A classifier, or a U-Net, trained on Images."""
-        sgd = self.s.f_sgd if net == self.s.f_net else 0.0                      # else Adam
-        augment = self.s.augment if net == self.s.f_net else "none"
-        return common.train_classifier(self.run, data, outputs, net, width, iters, name, sgd, 100, augment,
-                                       made_with={"task": data.name})
-
-    def chosen(self, test):
-        """Indices of the test images that experiments use: a fixed random choice."""
-        return common.shuffled(len(test), 123)[:self.s.images].to(self.args.device)
-
-    @functools.cached_property
-    def task(self):
-        """Classification of the data set itself (tables 3.1 to 3.3)."""
-        s, i, x = self.s, self.chosen(self.test), isinstance(self.own, Images)
-        y = self.test.y if x else common.folder_labels(self.test).to(self.args.device)
-        classes = int(self.own.y.max()) + 1 if x else 1000
-        f = self.solver("f", self.own, classes, s.f_net, s.f_width, s.f_iters)
-        return Task(self, "own", f, self.test.take(i).to(self.args.device), y[i], self.own)
-
-    @functools.cached_property
-    def other_task(self):
-        """Classification of images that the energy never saw (table 4.1)."""
-        (data, test), s = self.others, self.s
-        net, classes = s.other_net or s.f_net, int(data.y.max()) + 1
-        f = self.solver("f-other", data, classes, net, s.f_width, s.other_iters)
-        i = self.chosen(test)
-        return Task(self, "other", f, test.take(i), test.y[i], data)
-
-    @functools.cached_property
-    def mask_task(self):
-        """Segmentation (table 4.2)."""
-        (data, test), s = self.masks, self.s
-        f = self.solver("unet", data, int(data.y.max()) + 1, "unet", s.u_width, s.u_iters)
-        i = self.chosen(test)
-        return Task(self, "masks", f, test.take(i), test.y[i].long(), data)
-
-
-# --- experiments --------------------------------------------------------------------------------------------
-
-
-def attacked(task):
-    """Natural and robust accuracy without and with the defence, under each attack and the worst of them ->
-    rows, the last attacked images, pictures {title: sixteen images}."""
-    s, defence = task.s, task.defence()
-    bpda, adversary = algorithm_1(task, f"{task.name}-bpda", defence)
-    through = algorithm_1(task, f"{task.name}-through", defence, s.last, n=s.n_last)[0][-1] & bpda[0]
-    transfer = task.right(defence.predict(task.transferred, s.h_def), slice(None)) & bpda[0]
-    bare = algorithm_1(task, f"{task.name}-pgd", Defence(task.f))[0]
-    rows = {"n": len(task.x), "eps": s.eps, "K": s.k, "tau in [-1, 1]": 2 * s.tau}
-    rows |= rate("natural acc, no defence", bare[0]) | rate(f"robust acc, no defence (PGD {s.n})", bare[-1])
-    rows |= rate("natural acc", bpda[0])
-    for attack, right in ((f"BPDA+EOT {s.n} steps x {s.h_adv}", bpda[-1]), (f"transfer PGD {s.n}", transfer),
-                          (f"through the last {s.last}, {s.n_last} steps x {s.h_adv}", through),
-                          ("worst of these", bpda[-1] & through & transfer)):
-        rows |= rate(f"robust acc ({attack})", right)
-    pictures = {"natural": task.x, f"attacked (eps {s.eps:.3g})": adversary,
-                f"the same, {s.k} steps later": defence.purify(adversary[:16], 1, s.k)[0].clamp(0, 1)}
-    return rows, adversary, {title: x[:16] for title, x in pictures.items()}
-
-
-def table_3_1(lab, task=None, name="table3.1"):
-    """The mid-run defence on the data set's own classifier."""
-    rows, _, pictures = attacked(task or lab.task)
-    lab.run.save(common.picture_rows(pictures, 16), name)
+def figure_3_1(run, s, data, test, features):
+    """The life cycle: chains of short-, mid- and long-run energies, and their Frechet distance to data."""
+    kinds = {
+        "energy-short": replace(s, p=0.5, tau=0.4 * s.tau, lr=1e-4),
+        "energy": s,
+        "energy-long": replace(s, p=s.p / 20, updates=2 * s.updates),
+    }
+    metric, network = features
+    some = data.take(common.shuffled(len(data), 321)[:5000]).to(run.device)
+    reference = common.feature_statistics(network, some)
+    rows, pictures = [], {}
+    for name, its in kinds.items():
+        V, _ = train_midrun(run, its, data, name)
+        chain = partial(langevin, V=frozen_copy(V), tau=its.tau, T=s.temperature)
+        (x, _), done = test.some(3 * s.images), 0
+        for k in [0, *common.multiples(s.k_train / s.p, (1 / 16, 1 / 4, 1, 4, 10))]:
+            x = by_parts(partial(chain, steps=k - done), x, run.chunk)
+            done = k
+            here = common.feature_statistics(network, x.clamp(0, 1))
+            distance = frechet_distance(*reference, *here)
+            rows.append(value(f"{metric}, {name}", distance, steps=k, n=len(x)))
+            pictures[f"{name}, {k} steps"] = x[:16]
+    run.lines("figure3.1", rows, "steps", xscale="symlog")
+    run.pictures("figure3.1-states", pictures, 16)
     return rows
 
-
-def table_3_2(lab):
-    """Table 3.1 of --dataset imagenet, or of tinyimagenet."""
-    return table_3_1(lab, name="table3.2")
-
-
-def table_3_3(lab):
-    """The attack of table 3.1 with `power` times the steps and a third more chains, on the same images; what
-    the plain attack broke stays broken."""
-    s, task = lab.s, lab.task
-    plain = algorithm_1(task, "own-bpda", task.defence())[0]
-    n, h_adv = s.power * s.n, round(4 / 3 * s.h_adv)
-    strong = algorithm_1(task, "own-power", task.defence(), n=n, h_adv=h_adv)[0]
-    rows = {"n": len(task.x)} | rate("natural acc", plain[0] & strong[0])
-    rows |= rate(f"robust acc (BPDA+EOT {s.n} steps x {s.h_adv})", plain[-1])
-    rows |= rate(f"robust acc ({n} steps x {h_adv} alone)", strong[-1])
-    return rows | rate(f"robust acc (BPDA+EOT {n} steps x {h_adv})", plain[-1] & strong[-1])
-
-
-def table_4_1(lab):
-    """The same energy, unchanged, before a classifier of classes that it never saw."""
-    return {"classes": lab.s.other} | table_3_1(lab, lab.other_task, "table4.1")
-
-
-def table_4_2(lab):
-    """The same energy before a U-Net; right and wrong by Eq. 4.3, and mean Dice."""
-    task, s = lab.mask_task, lab.s
-    rows, adversary, pictures = attacked(task)
-    found = {"clean": (task.x, 0), "clean, purified": (task.x, s.k),
-             "attacked, no defence": (task.transferred, 0), "attacked, purified": (adversary, s.k)}
-    found = {title: task.defence(K).predict(x, s.h_adv) for title, (x, K) in found.items()}
-    rows["images of clean Dice below .1, left out"] = task.apart
-    rows |= {f"mean Dice, {title}": dice(mask, task.y).mean().item() for title, mask in found.items()}
-    pictures |= {f"found: {title}": common.class_colours(mask[:16]) for title, mask in found.items()}
-    pictures["true masks"] = common.class_colours(task.y[:16])
-    pictures = {title: x.expand(-1, 3, -1, -1) for title, x in pictures.items()}
-    lab.run.save(common.picture_rows(pictures, 16), "table4.2")
-    return rows
-
-
-def lives(lab, name, energies):
-    """Chains of {title: (V, start [n, C, S, S], ks, tau)}: Frechet distance to training images after each of
-    ks steps, as rows and curves, and four chains of each as a picture."""
-    metric, network = lab.features
-    lines, pictures = {}, {}
-    for title, (V, x, ks, tau) in energies.items():
-        sampler, done, states = Sampler(V, tau, lab.s.temperature, graph=lab.s.graph), 0, []
-        lines[title] = {}
-        for k in ks:
-            x = torch.cat([sampler(part, k - done)[0] for part in x.split(lab.s.chunk)])
-            done, shown = k, x.clamp(0, 1)
-            lines[title][k] = frechet_distance(*lab.reference, *common.feature_statistics(network, shown))
-            states.append(shown[:4].cpu())
-        steps = ", ".join(map(str, ks))
-        pictures[f"{title}: four chains after {steps} steps"] = torch.stack(states, 1).flatten(0, 1)
-    label = f"{metric} (n = {len(x)})"
-    figure = common.curves({"Langevin steps": lines}, label, xscale="symlog", ylim=(0, None))
-    lab.run.save(figure, name)
-    lab.run.save(common.picture_rows(pictures, 2 * len(ks)), f"{name}-states")
-    return {"n": len(x)} | {f"{metric} after {k} steps, {title}": value for title, line in lines.items()
-                            for k, value in line.items()}
-
-
-def figure_3_1(lab):
-    """The life cycle: chains of a short-run, the mid-run and a long-run energy."""
-    s, start, life = lab.s, lab.start, round(lab.s.k_train / max(lab.s.p, 1e-3))
-    short, _, G = train_midrun(lab, "energy-short", False, True, p=0.5, tau_train=s.tau_short, lr=1e-4)
-    long = train_midrun(lab, "energy-long", p=s.p / 20, updates=2 * s.updates)[0]
-    young = drawn(G, torch.randn(len(start), 128, device=lab.run.device))
-    if s.rejuvenate == "generator":
-        start = lab.fresh(len(start))
-    ks, few = ([round(m * unit) for m in (0, 1 / 16, 1 / 4, 1, 4, 10)] for unit in (life, 4 * s.k_train))
-    rows = lives(lab, "figure3.1", {
-        "short-run": (short, young, few, s.tau_short), "mid-run": (lab.energy[0], start, ks, s.tau_train),
-        "long-run": (long, start, ks, s.tau_train)})
-    return {"mean life of a mid-run state": life} | rows
-
-
-def figure_3_2(lab):
+def figure_3_2(run, s, midrun):
     """Ages of the bank's states at the end of training, against the geometric law that p implies."""
-    s = lab.s
-    visits, passes = (lab.energy[1] // s.k_train).tolist(), s.updates * s.batch // s.bank
-    law = [s.p * (1 - s.p) ** k for k in range(passes)] + [(1 - s.p) ** passes]  # the rest was never replaced
-    width = max(passes // 10, 1)
-    seen = [visits.count(k) / s.bank for k in range(passes + 1)]
-    lines = {title: {k * s.k_train: sum(share[k:k + width]) for k in range(0, passes + 1, width)}
-             for title, share in (("bank", seen), ("law", law))}
-    axis = f"age, steps (classes of {width * s.k_train}; the last: never replaced)"
-    lab.run.save(common.curves({axis: lines}, "share of states"), "figure3.2")
-    return {"n": s.bank, "passes over the bank": passes, "mean age, steps": s.k_train * sum(visits) / s.bank,
-            "mean age of the law, steps": s.k_train * sum(k * share for k, share in enumerate(law))}
+    rows = []
+    for visits in common.multiples(
+        s.updates * s.batch // s.bank, (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+    ):
+        steps = visits * s.k_train
+        rows.append(rate("share of this age or older, bank", midrun[1] >= steps, steps=steps))
+        rows.append(
+            value("share of this age or older, law", (1 - s.p) ** visits, steps=steps)
+        )
+    run.lines("figure3.2", rows, "steps")
+    return [*rows, value("mean age in steps, bank", midrun[1].float().mean().item())]
 
-
-def grid(lab, name, cells, natural=False, **axes):
-    """Algorithm 1 on `few` images over {x axis: {label: {x: (defence, changes)}}}: numbers and a picture."""
-    rows, panels = {"n": lab.s.few}, {}
-    for axis, lines in cells.items():
-        for label, line in lines.items():
-            for x, (defence, changes) in line.items():
-                record = algorithm_1(lab, f"{name}-{axis}-{label}-{x:g}", defence,
-                                     **dict(images=lab.s.few, restarts=1) | changes)[0]
-                rights = {"robust": record[-1]} | ({"natural": record[0]} if natural else {})
-                for kind, right in rights.items():
-                    rows |= rate(f"{kind} acc, {label}, {axis} = {x:.3g}", right)
-                    points = panels.setdefault(axis, {}).setdefault(f"{label}, {kind}", {})
-                    points[x] = right.float().mean().item()
-    lab.run.save(common.curves(panels, f"accuracy (n = {lab.s.few})", ylim=(0, 1.02), **axes), name)
+def against_steps(run, s, task, attack, name, factors, chain, tau):
+    """Accuracy against K: these multiples of the steps of size tau that put in the defence's noise."""
+    attack = attack._replace(N=s.n_last, H_adv=(s.h_adv + 1) // 2)
+    rows, pictures = [], {"natural": task.x[:16]}
+    for K in common.multiples(s.k * s.tau**2 / tau**2, factors):
+        defence = replace(task.defence, K=K, chain=chain)
+        outcome = eot_attack(run, defence, task.x[: s.few], task.y[: s.few], attack)
+        rows += rates("", outcome, K=K)
+        pictures[f"{K} steps"] = chain(task.x[:16], K)
+    run.lines(name, rows, "K", xscale="log", ylim=(0, 1.02))
+    run.pictures(f"{name}-states", pictures, 16)
     return rows
 
+def figure_3_3(run, s, task, attack):
+    """Natural and robust accuracy against K."""
+    factors = 1 / 10, 1 / 3, 1, 2, 5
+    return against_steps(
+        run, s, task, attack, "figure3.3", factors, task.defence.chain, s.tau
+    )
 
-def figure_3_3(lab):
-    """Natural and robust accuracy against K, under `lighter` attacks."""
-    ks = sorted({max(round(m * lab.s.k), 1) for m in (1 / 10, 1 / 3, 1, 2, 5)})
-    line = {K: (lab.task.defence(K), lighter(lab.s)) for K in ks}
-    return grid(lab.task, "figure3.3", {"K": {"mid-run": line}}, natural=True, xscale="log")
+def figure_3_4(run, s, task, attack, score):
+    """The same of the score network's chains, and what becomes of images in them."""
+    chain, factors = partial(score_chain, net=score), (1 / 30, 1 / 10, 1 / 3, 1)
+    return against_steps(run, s, task, attack, "figure3.4", factors, chain, ETA)
 
-
-def lighter(s):
-    """The attack of the figures: N is --n-few, and half as many chains for gradients and verdicts."""
-    return dict(n=s.n_few, h_adv=max(s.h_adv // 2, 1), h_def=max(s.h_def // 2, 1))
-
-
-def figure_3_4(lab):
-    """The score network's chain as T(x): natural and robust accuracy against its steps, and its states."""
-    s, task, rows, pictures = lab.s, lab.task, {}, {}
-    times = [m * s.k * s.tau ** 2 for m in (1 / 30, 1 / 10, 1 / 3, 1)]          # tau^2 K: the noise put in
-    cells = {f"steps, {title}": {title: {K: (task.defence(K, chain), lighter(s)) for K in sorted({
-        max(round(t / size ** 2), 1) for t in times})}} for title, chain, size in (
-            ("score", lab.score, lab.score.eta), ("mid-run energy", None, s.tau))}
-    for axis, lines in cells.items():
-        for title, line in lines.items():
-            states = [task.x[:4]] + [defence.purify(task.x[:4], 1, K)[0] for K, (defence, _) in line.items()]
-            steps = ", ".join(map(str, [0, *line]))
-            shown = torch.stack(states, 1).flatten(0, 1).clamp(0, 1)
-            pictures[f"{title}: four images after {steps} steps"] = shown
-            for K, x in zip(line, states[1:]):
-                rows[f"mean |x - natural| after {K} steps, {title}"] = (x - task.x[:4]).abs().mean().item()
-                rows[f"largest pixel after {K} steps, {title}"] = x.max().item()
-    lab.run.save(common.picture_rows(pictures, 2 * (len(times) + 1)), "figure3.4-states")
-    return grid(task, "figure3.4", cells, natural=True, xscale="log") | rows
-
-
-def variants(lab, name, energies):
-    """`lives` of energies {title: V}, from test images to ten times the mean life of a state."""
-    ks = [round(m * lab.s.k_train / max(lab.s.p, 1e-3)) for m in (0, 1 / 16, 1 / 4, 1, 4, 10)]
-    return lives(lab, name, {title: (V, lab.start, ks, lab.s.tau_train) for title, V in energies.items()})
-
-
-def annealing(lab):
-    """The same energy with and without the tail of learning rates."""
-    flat = train_midrun(lab, "energy-no-tail", anneal=False)[0]
-    return variants(lab, "annealing", {"annealed": lab.energy[0], "first rate throughout": flat})
-
-
-def rejuvenation(lab):
-    """Energies of several p: how long their chains live."""
-    p = lab.s.p
-    found = {q: lab.energy if q == p else train_midrun(lab, f"energy-p{q:g}", p=q)
-             for q in dict.fromkeys((1, min(5 * p, 1), p, p / 5, 0))}
-    return variants(lab, "rejuvenation", {f"p = {q:g}": V for q, (V, *_) in found.items()})
-
-
-def generator(lab):
-    """The GAN that mid-run states can come from: Frechet distance of its samples, beside held-out images."""
-    n, (name, network) = min(1000, len(lab.test)), lab.features
-    x = drawn(lab.generator, torch.randn(n, 128, device=lab.run.device))
-    sets = {"generator's samples": x, "held-out images": lab.test.take(slice(0, n)).to(lab.run.device)}
-    lab.run.save(common.picture_rows({title: x[:40] for title, x in sets.items()}, 20), "generator")
-    found = {title: common.feature_statistics(network, x) for title, x in sets.items()}
-    return {"n": n} | {f"{name}, {k}": frechet_distance(*lab.reference, *of) for k, of in found.items()}
-
-
-QUANTITIES = ("n", "natural acc", "robust acc (BPDA+EOT 50 steps x 48)", "stochastic security: natural acc",
-              "stochastic security: robust acc")
-PUBLISHED_3_1 = {"cifar10": dict(zip(QUANTITIES, (5000, ".866 (code: .790)", .567, .8412, .5490)))}
-PUBLISHED_3_2 = {"imagenet": {"n": 10_000, "natural acc": .684, "robust acc (BPDA+EOT 50 steps x 24)": .418}}
-PUBLISHED_3_3 = {"imagenet": {"n": 1600, "natural acc": .683, "robust acc (BPDA+EOT 200 steps x 32)": .38}}
-PUBLISHED_4_1 = {"imagenet": {"n": 4520, "natural acc": .821, "robust acc (BPDA+EOT 50 steps x 24)": .519}}
-PUBLISHED_4_2 = {"imagenet": {"n": 800, "robust acc, no defence (PGD 50)": .43,
-                              "robust acc (BPDA+EOT 50 steps x 24)": .60}}
-EXPERIMENTS = {  # the figures of the source print no numbers
-    "table3.1": Experiment(table_3_1, "accuracy with the defence", "3.5 min", True, PUBLISHED_3_1),
-    "table4.2": Experiment(table_4_2, "the same energy before a U-Net", "3 min", True, PUBLISHED_4_2),
-    "table3.2": Experiment(table_3_2, "table3.1 of imagenet (offline: tinyimagenet)", "3.5 min", False,
-                           PUBLISHED_3_2),
-    "table3.3": Experiment(table_3_3, "more attack steps and chains", "8 min", False, PUBLISHED_3_3),
-    "table4.1": Experiment(table_4_1, "the same energy before a classifier of unseen classes", "2 min", False,
-                           PUBLISHED_4_1),
-    "figure3.1": Experiment(figure_3_1, "short-, mid- and long-run chains", "5.5 min, two more energies"),
-    "figure3.2": Experiment(figure_3_2, "ages in the bank", "1 s"),
-    "figure3.3": Experiment(figure_3_3, "accuracy against K", "est. 4 min"),
-    "figure3.4": Experiment(figure_3_4, "chains of a score network", "9.5 min"),
-    "annealing": Experiment(annealing, "without the tail of learning rates", "3 min"),
-    "rejuvenation": Experiment(rejuvenation, "the life span of chains against p", "est. 12 min"),
-    "generator": Experiment(generator, "the GAN of --rejuvenate generator", "est. 4 min"),
-}
-
+EXPERIMENTS = common.experiments(
+    headline=[table_3_1, table_4_2],
+    others=[table_3_3, table_4_1, figure_3_1, figure_3_2, figure_3_3, figure_3_4],
+)
 
 # --- command line -------------------------------------------------------------------------------------------
 
-
 def get_args(argv=None):
-    return common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    s = args.settings
+    common.at_least(
+        1, s, "f_iters u_iters updates batch bank k_train k h_def h_adv n n_last images few"
+    )
+    common.above_0(s, "p tau temperature")
+    common.check_radius(s.eps)
+    if s.p > 1 or s.bank % s.batch or s.last > s.k:
+        raise UserError(
+            "--p is a probability, --bank a multiple of --batch, --last at most --k"
+        )
+    return args
 
+def load(args, name, split, channels=None, side=None):
+    """A data set on the device. Pictures in files are read into memory, if they are not too many."""
+    images = common.load_images(name, split, args.data_dir, channels, side)
+    if not isinstance(images, Images) and len(images) < 100_000:
+        images = common.in_memory(images)
+    return images.to(args.device)
 
 def main(argv=None):
     args = get_args(argv)
-    lab = Lab(args)
-    lab.run.closing_table({name: lab.run.experiment(name, EXPERIMENTS[name], lab) for name in args.only})
-
+    s, name = args.settings, args.dataset
+    side = 224 if name == "imagenet" else None
+    data, test = load(args, name, "train", None, side), load(args, name, "test", None, side)
+    if s.images > len(test) or s.batch > len(data):
+        raise UserError(
+            f"--images, --batch: {name} has {len(test)} images to test, {len(data)} to train"
+        )
+    load_other = partial(load, args, s.other, channels=data.shape[0], side=data.shape[1])
+    others = once(lambda: (load_other("train"), load_other("test")))
+    common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
+    run = common.Run("lifecycle_midrun", args)
+    run.chunk //= max(data.shape[1] // 32, 1) ** 2  # fewer large pictures at once
+    def learned(net_name, net, images, held, iterations, kind=Defence, **options):
+        build = partial(net, int(held.y.max()) + 1, data.shape, s.f_width)
+        network = common.train_classifier(run, net_name, build, images, iterations, **options)
+        return Task(kind(network, s.k, *chains(), run.chunk), *held.some(s.images))
+    def mask_task():
+        masks = digits_among(args, data, "train"), digits_among(args, test, "test")
+        return segmentation_task(run, learned("unet", UNet, *masks, s.u_iters, Segmenter))
+    options = {"sgd": s.f_sgd, "augment": "crop_flip" if s.f_sgd else "none"}
+    f_net, f_iters = partial(common.make_net, s.f_net), s.f_iters
+    other_net = f_net
+    if name == "imagenet":  # f has torchvision's weights
+        f_iters, other_net = 0, partial(common.make_net, "pretrained50")
+    midrun = once(lambda: train_midrun(run, s, data))
+    f = once(lambda: task().defence.f)
+    chains = once(lambda: chains_of(s, midrun()[0]))
+    task = once(lambda: learned("f", f_net, data, test, f_iters, shared=True, **options))
+    run.experiments(
+        EXPERIMENTS,
+        data=data,
+        test=test,
+        midrun=midrun,
+        attack=Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def),
+        task=task,
+        other_task=once(
+            lambda: learned("f-other", other_net, *others(), s.f_iters, **options)
+        ),
+        mask_task=once(mask_task),
+        score=once(lambda: train_score(run, s, data)),
+        features=once(lambda: common.feature_network(data, args.data_dir, f)),
+    )
 
 if __name__ == "__main__":
     common.call(main)
