@@ -52,7 +52,8 @@ SETTINGS = common.settings(
     columns=("glyphs", "mnist fashion_mnist", "cifar10",
              "mnist-paper fashion_mnist-paper", "cifar10-paper"),
     smoke=dict(width=0.1, updates=3, batch=2, train_steps=2, check_steps=2, val_images=4,
-               f_iters=3, at_iters=2, images=12, few=6, restarts=2),
+               f_iters=3, at_iters=2,
+               images=12, few=6, restarts=2),
     models=("linf0.3", "linf0.3", "linf8,l2-80", "all", "all", "of Tab. 3.1, with commas; or all"),
     width=(0.25, 1.0, 0.25, 1.0, 1.0, "of all networks; 1: the source's"),
     updates=(750, 1200, 300, 15_600, 40_000, "of the detectors"),
@@ -357,7 +358,7 @@ def logits(net, x):
     return by_images(net, 250, x)
 
 @seeded
-def attacked_scores(run, model, images, a, n, starts=0, method=minimise, loss=logit_loss):
+def attacked_scores(run, model, images, a, n, method=minimise, loss=logit_loss, starts=0):
     """Logits of clean images of each class [K, P], and of n attacked others, the best of `starts`, [K, n]."""
     K = model.H.K
     def attacked(x0):
@@ -425,17 +426,17 @@ def apgd(loss, x0, a, start, *about):
 
 # --- tables and figures -------------------------------------------------------------------------------------
 
-def auc_rows(run, pairs, images, n, title, change=None, **how):
-    """Rows of AUCs under each model's attack, or change(it). how: as in attacked_scores()."""
+def auc_rows(run, pairs, images, n, title, change=None, method=minimise, loss=logit_loss, **starts):
+    """Rows of AUCs under each model's attack, or change(it); the rest is for attacked_scores()."""
     rows = []
     for name, model in pairs.items():
         a = change(model.check) if change else model.check
-        scores = attacked_scores(run, model, images, a, n, **how)
+        scores = attacked_scores(run, model, images, a, n, method, loss, **starts)
         for k, (clean, attacked) in enumerate(zip(*scores)):
             row = value(
                 f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), n=len(attacked)
             )
-            rows.append({**row, "steps": a.steps, "step": a.step})
+            rows.append({**row, "steps": a.steps, "step": a.step, **starts})
     return rows
 
 def table_3_1(models, setups):
@@ -519,7 +520,8 @@ def figure_3_2(run, s, f, models, test, source):
     model = next(iter(models.values()))
     fast = frozen_copy(f)
     a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
-    x, y = test.take(slice(0, s.images)), test.y[: s.images]
+    x = test.take(slice(0, s.images))
+    y = test.y[: s.images]
     attacked = {}
     for title, loss in LOSSES.items():
         attack = lambda x, y: minimise(loss, x, a, x, fast, model.fast, y)
@@ -531,8 +533,8 @@ def figure_3_2(run, s, f, models, test, source):
         for title, images in attacked.items():
             z, misread = detect(net, model.H, images, y)
             for tpr in (0.9, 0.95, 0.98, 0.99, 1.0):
-                broken = misread & (z >= threshold(z_clean, tpr))
-                rows.append(rate(f"FPR, {way}, {title}", broken, tpr=tpr))
+                T = threshold(z_clean, tpr)
+                rows.append(rate(f"FPR, {way}, {title}", misread & (z >= T), tpr=tpr))
     run.lines("figure3.2", rows, "tpr")
     return rows
 

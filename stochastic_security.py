@@ -399,8 +399,9 @@ def table_2_2(run, s, f, f_at, defence, x, y, attack, transferred, bpda):
     """Natural and robust accuracy, each attack and the worst, beside adversarial training (AT)."""
     through = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
     transfer = defence.predict(transferred, s.h_def) == y
-    rows = rates(", BPDA+EOT", bpda, K=s.k)
-    rows += rates(", through the last steps", through, last=s.last)
+    rows = [rate("natural acc", bpda.natural, K=s.k)]
+    for title, outcome in ((", BPDA+EOT", bpda), (", through the last steps", through)):
+        rows.append(rates(title, outcome)[1])
     rows.append(rate("robust acc, transfer PGD", bpda.natural & transfer, eps=s.eps, N=s.n))
     rows.append(
         rate("robust acc, worst of these", bpda.robust & through.robust & transfer, eps=s.eps)
