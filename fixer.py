@@ -28,8 +28,8 @@ through the last steps of the chain. All meet the same images, and the lowest nu
 
 Commands (two cores; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .61, with the Fixer .94
-    python fixer.py --only upperbound   1 min more: natural accuracy .76 after one chain, 1.00 with the Fixer
-    python fixer.py --only honesty      5 min more: the same G in front of a classifier that it never saw
+    python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
+    python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
 lifecycle_midrun.py is run first where the same --out holds no energy of it. The log: train is the phase's
 loss while G changes, val its loss after the epoch on pairs that G never saw.
@@ -569,7 +569,7 @@ def get_args(argv=None):
         raise UserError("--last must be at most --k, --batch --pairs, --images --natural")
     return args
 
-def chosen(name, data, seed, part):
+def subset(name, data, seed, part):
     """This part (a slice) of a fixed random order of a data set, in memory -> Images."""
     if part.stop > len(data):
         raise UserError(f"--pairs, --held, --natural: {len(data)} images are too few")
@@ -591,9 +591,9 @@ def main(argv=None):
     )
     data = load("train").to(args.device)
     test = load("test")
-    learned = chosen("pairs", data, 321, slice(0, s.pairs))
-    held = chosen("held", data, 321, slice(s.pairs, s.pairs + s.held))
-    tested = chosen("tested", test, 123, slice(0, s.natural)).to(args.device)
+    learned = subset("pairs", data, 321, slice(0, s.pairs))
+    held = subset("held", data, 321, slice(s.pairs, s.pairs + s.held))
+    tested = subset("tested", test, 123, slice(0, s.natural)).to(args.device)
     vgg_file = common.weights_at_hand("vgg16-397923af.pth", args.data_dir)
     if folders and (vgg_file is None or common.folder_labels(test).max() != 999):
         raise UserError(
