@@ -1,7 +1,9 @@
-"""at_gen.py: attack, objective, training, metrics, and the script as a whole."""
+"""at_gen.py: networks, attack, objective, training, metrics, what each experiment asks for, and the script as a whole."""
 import csv
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ from torch import nn
 
 import at_gen
 import common
-from at_gen import at_loss, auroc, frechet_distance, inception_score, pgd_attack, r1_penalty
+from at_gen import Distance, Selection, at_loss, batch_auroc, frechet_distance, inception_score, pgd_attack
+from at_gen import r1_penalty, train_f
+from common import Images, load_images
+
+SMOKE = at_gen.SETTINGS["glyphs", "smoke"]
 
 
 class Linear(nn.Module):
@@ -37,8 +43,77 @@ class Watched(nn.Module):
         return self.net(x)
 
 
-def small_net(channels=1):
-    return common.PlainCNN(4, 1, channels, 28)
+class Killed(BaseException):
+    """What ends a training from outside."""
+
+
+def small_net():
+    return at_gen.PlainCNN(4, 1, 28)
+
+
+def smooth_net():
+    """A small f with a curvature, which R1 needs."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Softplus(), nn.Linear(8, 1))
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    return load_images("glyphs")
+
+
+@pytest.fixture(scope="module")
+def letters():
+    return load_images("letters")
+
+
+def begin(folder, *flags):
+    """A run of the smoke budget with these flags, and its settings."""
+    argv = ["--budget", "smoke", "--out", folder, "--device", "cpu", *flags]
+    args = at_gen.get_args(argv)
+    return common.Run("at_gen", args), args.settings
+
+
+def no_seconds(rows):
+    return [{key: number for key, number in row.items() if key != "seconds"} for row in rows]
+
+
+# --- the networks ---
+
+
+def test_residual_d_is_that_of_table_2_2():
+    assert sum(p.numel() for p in at_gen.ResBlockD(256).parameters()) == 20_851_777
+    f = at_gen.ResBlockD(16)
+    assert f(torch.rand(2, 3, 16, 16)).shape == (2, 1)
+    mean, std = torch.tensor(common.IMAGENET[0]), torch.tensor(common.IMAGENET[1])
+    seen = []
+    f.body[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    f((mean + std).view(1, 3, 1, 1).expand(1, 3, 16, 16))
+    assert torch.allclose(seen[0], torch.ones(1, 3, 16, 16), atol=1e-5)
+
+
+def test_residual_block_keeps_a_constant_with_its_scale():
+    block = at_gen.ResBlk(3, 3)
+    for convolution in (block.conv1, block.conv2):
+        nn.init.zeros_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(block(x), F.avg_pool2d(x, 2) / math.sqrt(2))
+
+
+def test_plain_network_has_one_logit_and_sees_minus_1_to_1():
+    f, seen = small_net(), []
+    f.body.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    assert f(torch.rand(3, 1, 28, 28)).shape == (3, 1)
+    assert seen[0].min() < -0.9 and seen[0].max() > 0.9
+
+
+@pytest.mark.parametrize("dataset, budget", list(at_gen.SETTINGS))
+def test_each_column_has_a_network_for_its_images(dataset, budget):
+    s = at_gen.SETTINGS[dataset, budget]
+    shape = (1 if dataset in ("glyphs", "mnist", "fashion_mnist") else 3, s.side, s.side)
+    with torch.device("meta"):
+        assert at_gen.build_f(dataclasses.replace(s, width=0.25), (shape[0], 32, 32)) is not None
+    assert s.side == common.IN_MEMORY.get(dataset, (0, s.side, 0))[1]
 
 
 # --- the attack ---
@@ -49,12 +124,12 @@ def test_attack_closed_form(exact):
     x = torch.full((3, 1, 6, 6), 0.5)
     unit = w / w.norm()
     assert torch.allclose(pgd_attack(Linear(w), x, 7, 0.05), x + 0.35 * unit, atol=1e-6)
-    assert torch.allclose(pgd_attack(Linear(w), x, 7, 0.05, sign=-1), x - 0.35 * unit, atol=1e-6)
+    assert torch.allclose(pgd_attack(Linear(w), x, 7, -0.05), x - 0.35 * unit, atol=1e-6)
 
 
 def test_attack_rises_and_falls():
     f, x = small_net(), torch.rand(8, 1, 28, 28)
-    up, down = pgd_attack(f, x, 5, 0.5), pgd_attack(f, x, 5, 0.5, sign=-1)
+    up, down = pgd_attack(f, x, 5, 0.5), pgd_attack(f, x, 5, -0.5)
     assert (f(up) > f(x)).all() and (f(down) < f(x)).all()
 
 
@@ -69,7 +144,7 @@ def test_attack_stays_in_the_ball_and_reaches_it(exact):
 def test_attack_clamps_every_step():
     f = Watched(Linear(torch.ones(1, 1, 4, 4)))
     out = pgd_attack(f, torch.full((2, 1, 4, 4), 0.9), 6, 1.0)
-    assert max(high for _, high in f.seen) <= 1.0 and out.max() <= 1.0
+    assert max(high for _, high in f.seen) <= 1.0
     assert torch.equal(out, torch.ones_like(out))
 
 
@@ -89,6 +164,7 @@ def test_each_image_has_its_own_path(exact):
     class Scaled(nn.Module):
         def forward(self, x):
             return 1000 * f(x)
+
     assert torch.allclose(pgd_attack(Scaled(), x, 4, 0.3), together, atol=1e-4)
 
 
@@ -108,9 +184,11 @@ def test_no_steps_return_the_images():
     assert torch.equal(pgd_attack(small_net(), x, 0, 0.5), x)
 
 
-@pytest.mark.parametrize("x", [torch.full((1, 1, 28, 28), -0.1), torch.full((1, 1, 28, 28), 1.1)])
-def test_attack_refuses_images_outside_the_range(x):
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+@pytest.mark.parametrize("extreme", [-0.1, 1.1])
+def test_attack_refuses_images_outside_the_range(extreme):
+    x = torch.rand(1, 1, 28, 28)
+    x[0, 0, 3, 3] = extreme
+    with pytest.raises(ValueError):
         pgd_attack(small_net(), x, 1, 0.1)
 
 
@@ -137,13 +215,12 @@ def test_attack_against_torchattacks(exact, eps):
 def test_fast_path_agrees_with_the_plain_one(monkeypatch):
     """bfloat16 changes a path by rounding only."""
     f, x = small_net(), torch.rand(8, 1, 28, 28)
-    plain = {}
-    for name, context in (("fast", torch.autocast("cpu", dtype=torch.bfloat16)),
-                          ("plain", torch.autocast("cpu", enabled=False))):
+    paths = []
+    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False)):
         monkeypatch.setattr(at_gen, "fast_precision", lambda device, context=context: context)
-        plain[name] = (pgd_attack(f, x, 4, 0.3) - x).flatten(1)
-    assert F.cosine_similarity(plain["fast"], plain["plain"]).min() > 0.98
-    assert not torch.equal(plain["fast"], plain["plain"])
+        paths.append((pgd_attack(f, x, 4, 0.3) - x).flatten(1))
+    assert F.cosine_similarity(*paths).min() > 0.98
+    assert not torch.equal(*paths)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -161,13 +238,14 @@ def test_loss_is_the_mean_of_2m_cross_entropies():
     bce = F.binary_cross_entropy_with_logits(torch.cat([a, b]), torch.cat([torch.ones(5), torch.zeros(5)]))
     assert torch.allclose(at_loss(a, b), bce)
     assert math.isclose(at_loss(torch.zeros(3), torch.zeros(3)).item(), math.log(2), rel_tol=1e-6)
-    assert at_loss(torch.full((3,), 4.0), torch.full((3,), -4.0)) < 0.02  # data high, attacked p0 low: small
 
 
-def test_loss_gradient_is_eq_2_18():
+def test_loss_gradient_is_eq_2_18_and_the_ebm_lacks_its_weights():
     a, b = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     ga, gb = torch.autograd.grad(at_loss(a, b), (a, b))
     assert torch.allclose(ga, -(1 - a.sigmoid()) / 8) and torch.allclose(gb, b.sigmoid() / 8)
+    ga, gb = torch.autograd.grad(at_gen.ebm_loss(a, b), (a, b))
+    assert torch.allclose(ga, torch.full((4,), -0.25)) and torch.allclose(gb, torch.full((4,), 0.25))
 
 
 def test_r1_by_hand():
@@ -182,26 +260,27 @@ def test_r1_by_hand():
 # --- metrics ---
 
 
-def test_auroc_with_ties():
-    assert auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1.0
-    assert auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 0.0
-    assert auroc(torch.zeros(7), torch.zeros(5)) == 0.5
-    assert auroc(torch.tensor([1.0, 0.0]), torch.tensor([0.0])) == 0.75
+def test_auroc_of_a_batch_counts_ties_half():
+    assert batch_auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1.0
+    assert batch_auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 0.0
+    assert batch_auroc(torch.zeros(7), torch.zeros(5)) == 0.5
+    assert batch_auroc(torch.tensor([1.0, 0.0]), torch.tensor([0.0])) == 0.75
+    assert isinstance(batch_auroc(torch.zeros(2), torch.zeros(2)), torch.Tensor)
 
 
 def test_auroc_against_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     a, b = (torch.randn(300) + 0.5).round(decimals=1), torch.randn(200).round(decimals=1)
     theirs = metrics.roc_auc_score([1] * 300 + [0] * 200, torch.cat([a, b]).numpy())
-    assert math.isclose(auroc(a, b), theirs, abs_tol=1e-9)
+    assert math.isclose(batch_auroc(a, b).item(), theirs, abs_tol=1e-6)
 
 
 def test_frechet_distance_of_diagonal_gaussians():
     m1, m2 = torch.randn(6).double(), torch.randn(6).double()
     s1, s2 = torch.rand(6).double() + 0.1, torch.rand(6).double() + 0.1
     expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
-    assert math.isclose(frechet_distance(m1, torch.diag(s1 ** 2), m2, torch.diag(s2 ** 2)), expected.item(),
-                        rel_tol=1e-9)
+    ours = frechet_distance(m1, torch.diag(s1**2), m2, torch.diag(s2**2))
+    assert math.isclose(ours, expected.item(), rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("n", [200, 20])  # 20 samples in 32 dimensions: covariance without full rank
@@ -219,29 +298,164 @@ def test_inception_score_bounds():
     assert math.isclose(inception_score(torch.eye(10).repeat(5, 1) * 100), 10.0, rel_tol=1e-6)
 
 
+class Pooled(nn.Module):
+    """A feature network: four numbers an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 10)
+
+    def features(self, x):
+        return F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 2).flatten(1)
+
+
+def test_distance_compares_with_its_reference(letters, glyphs):
+    reference = Selection(glyphs, torch.arange(90), 32, "cpu")
+    other = Selection(letters, torch.arange(50), 32, "cpu")
+    distance = Distance("FD-cls", Pooled(), reference)
+    z = [Pooled().features(images.take(slice(0, n))).double() for images, n in ((glyphs, 90), (letters, 50))]
+    expected = frechet_distance(z[0].mean(0), torch.cov(z[0].T), z[1].mean(0), torch.cov(z[1].T))
+    assert math.isclose(distance(other.slices()), expected, rel_tol=1e-5)
+    assert abs(distance(reference.slices())) < 1e-6
+
+
+# --- images ---
+
+
+def test_selection_gives_its_images_slice_by_slice(glyphs):
+    chosen = Selection(glyphs, torch.tensor([5, 2, 9, 7, 1]), 2, "cpu")
+    assert [len(x) for x in chosen.slices()] == [2, 2, 1]
+    assert torch.equal(torch.cat(list(chosen.slices())), glyphs.take(torch.tensor([5, 2, 9, 7, 1])))
+    assert torch.equal(torch.cat(list(chosen.slices(3))), glyphs.take(torch.tensor([5, 2, 9])))
+    assert torch.equal(chosen.first(2), glyphs.take(torch.tensor([5, 2])))
+
+
+def test_p0_of_the_first_classes():
+    args = SimpleNamespace(data_dir="data", device="cpu")
+    few = at_gen.load_p0(args, (1, 28, 28), "letters:4")
+    every = load_images("letters")
+    assert few.y.unique().tolist() == [0, 1, 2, 3] and torch.equal(few.x, every.x[every.y < 4])
+    held_out = at_gen.load_p0(args, (3, 16, 16), "letters", "test")
+    assert held_out.x.shape[1:] == (3, 16, 16) and len(held_out) == 2000
+
+
+def test_seeds_are_of_the_test_split_where_it_is_large_enough():
+    p0, p0_test = ["train"] * 50, ["test"] * 20
+    pool, index = at_gen.choose_seeds(dataclasses.replace(SMOKE, images=20), p0, p0_test)
+    assert pool is p0_test and sorted(index.tolist()) == list(range(20))
+    pool, index = at_gen.choose_seeds(dataclasses.replace(SMOKE, images=21), p0, p0_test)
+    assert pool is p0 and len(index.unique()) == 21
+
+
 # --- training ---
 
 
-def lab_for(tmp_path, *flags, dataset="glyphs"):
-    return at_gen.Lab(at_gen.get_args(["--dataset", dataset, "--budget", "smoke",
-                                       "--out", str(tmp_path / "runs"), "--device", "cpu", *map(str, flags)]))
+def by_hand(data, p0, s, seed):
+    """Algorithm 3 with finite eps, R1 and an attack on the data, written out -> f."""
+
+    def attack(x0, steps, step, eps):
+        x = x0.clone()
+        for _ in range(steps):
+            x.requires_grad_(True)
+            (g,) = torch.autograd.grad(f(x).sum(), x)
+            moved = x.detach() + step * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) - x0
+            length = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            x = (x0 + moved * (eps / length).clamp(max=1)).clamp(0, 1)
+        return x
+
+    torch.manual_seed(seed)
+    f = smooth_net()
+    optimizer = torch.optim.Adam(f.parameters(), s.lr, betas=(0.0, 0.99))
+    stream = common.batches(data, s.batch, seed)
+    stream_p0 = common.batches(p0, s.batch, seed + 1)
+    for K in range(s.k_min, s.k_max + 1):
+        for _ in range(s.iters_per_k):
+            x_adv = attack(next(stream_p0)[0], K, s.step, s.eps)
+            x = attack(next(stream)[0], s.indist_steps, -0.1, math.inf).requires_grad_(True)
+            f_data = f(x)[:, 0]
+            labels = torch.cat([torch.ones(s.batch), torch.zeros(s.batch)])
+            loss = F.binary_cross_entropy_with_logits(torch.cat([f_data, f(x_adv)[:, 0]]), labels)
+            (g,) = torch.autograd.grad(f_data.sum(), x, create_graph=True)
+            optimizer.zero_grad()
+            (loss + s.r1 / 2 * g.pow(2).flatten(1).sum(1).mean()).backward()
+            optimizer.step()
+    return f
 
 
-def test_schedule_of_algorithm_3(tmp_path):
-    """K runs from 0 to N inclusive; gradients add up; displacement never exceeds K x step."""
-    _, rows = at_gen.train(lab_for(tmp_path, "--k-max", 3, "--iters-per-k", 2, "--log-every", 1,
-                                   "--fd-every", 0))
+@pytest.mark.parametrize("flags", [("--eps", 0.5), ("--indist-steps", 2), ("--r1", 30), ("--k-min", 2)])
+def test_updates_are_those_of_algorithm_3(tmp_path, monkeypatch, exact, glyphs, letters, flags):
+    monkeypatch.setattr(at_gen, "build_f", lambda s, shape: smooth_net())
+    run, s = begin(tmp_path, "--k-max", 3, "--iters-per-k", 2, "--batch", 6, "--lr", 0.002, "--seed", 3, *flags)
+    f, rows = train_f(run, s, "f", glyphs, letters)
+    expected = by_hand(glyphs, letters, s, 3)
+    for mine, theirs in zip(f.parameters(), expected.parameters()):
+        assert (mine - theirs).abs().max() < 2e-4
+        assert (mine - theirs).abs().mean() < 2e-6
+    assert not any(p.requires_grad for p in f.parameters()) and not f.training
+
+
+def test_attacks_in_training_have_trainings_steps(tmp_path, monkeypatch, glyphs, letters):
+    """K runs from k_min to k_max inclusive, by --step and --eps; data are attacked downwards."""
+    calls, real = [], at_gen.pgd_attack
+
+    def recorded(f, x, steps, step, eps=math.inf):
+        calls.append((steps, step, eps))
+        return real(f, x, steps, step, eps)
+
+    monkeypatch.setattr(at_gen, "pgd_attack", recorded)
+    run, s = begin(tmp_path, "--k-max", 3, "--step", 0.7, "--eps", 1.5, "--indist-steps", 2)
+    _, rows = train_f(run, s, "f", glyphs, letters)
+    assert calls[::2] == [(K, 0.7, 1.5) for K in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert calls[1::2] == [(2, -0.1, math.inf)] * 8
     assert [row["K"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert rows[-1]["gradients"] == 2 * (0 + 1 + 2 + 3)
+    assert [row["attack_steps"] for row in rows] == [2, 4, 7, 10, 14, 18, 23, 28]
     assert rows[0]["moved"] == 0 and all(0 < row["moved"] <= 1.0001 for row in rows[2:])
 
 
-def test_auc_gate_ends_stages_but_the_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(at_gen, "auroc", lambda a, b: 0.95)
-    lab = lab_for(tmp_path, "--k-max", 1, "--iters-per-k", 120, "--batch", 1, "--auc-gate", 0.9,
-                  "--log-every", 1, "--fd-every", 0, "--r1", 0, "--save-every", 1000)
-    ks = [row["K"] for row in at_gen.train(lab)[1]]
-    assert ks.count(0) == 100 and ks.count(1) == 120
+def test_each_side_has_its_own_stream_and_augmentation(tmp_path, monkeypatch, glyphs, letters):
+    streams, real = [], at_gen.batches
+
+    def recorded(images, size, seed, start, augment, device):
+        streams.append((images, size, seed, start, augment))
+        return real(images, size, seed, start, augment, device)
+
+    monkeypatch.setattr(at_gen, "batches", recorded)
+    run, s = begin(tmp_path, "--seed", 8, "--augment", "crop", "--k-max", 0)
+    train_f(run, s, "f", glyphs, letters)
+    run, s = begin(tmp_path / "other", "--augment-p0", "crop", "--k-max", 0)
+    train_f(run, s, "f", glyphs, letters)
+    assert streams == [(glyphs, 4, 8, 0, "crop"), (letters, 4, 9, 0, "none"),
+                       (glyphs, 4, 0, 0, "none"), (letters, 4, 1, 0, "crop")]
+
+
+def test_the_log_measures_in_every_second_line(tmp_path, monkeypatch, glyphs, letters):
+    run, s = begin(tmp_path, "--k-max", 4, "--iters-per-k", 9)  # 45 updates, 22 lines
+    asked = []
+
+    def measure(f):
+        asked.append(f.training)
+        return float(len(asked))
+
+    _, rows = train_f(run, s, "f", glyphs, letters, measure)
+    measured = {row["it"]: row["fd"] for row in rows if "fd" in row}
+    assert list(measured) == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 45]
+    assert list(measured.values()) == [float(i) for i in range(1, 13)]
+
+
+def test_the_log_shows_logits_and_their_auroc(tmp_path, monkeypatch, exact, glyphs, letters):
+    monkeypatch.setattr(at_gen, "build_f", lambda s, shape: smooth_net())
+    run, s = begin(tmp_path, "--k-max", 0, "--iters-per-k", 1, "--batch", 30)
+    torch.manual_seed(run.seed)
+    f = smooth_net()
+    _, (row,) = train_f(run, s, "f", glyphs, letters)
+    with torch.no_grad():
+        f_data = f(next(common.batches(glyphs, 30, 0))[0])[:, 0]
+        f_adv = f(next(common.batches(letters, 30, 1))[0])[:, 0]
+    assert math.isclose(row["f_data"], f_data.mean().item(), rel_tol=1e-3)
+    assert math.isclose(row["f_adv"], f_adv.mean().item(), rel_tol=1e-3)
+    assert math.isclose(row["loss"], at_loss(f_data, f_adv).item(), rel_tol=1e-3)
+    assert math.isclose(row["auc_adv"], (f_data[:, None] > f_adv).float().mean().item(), abs_tol=2e-3)
+    assert row["r1"] > 0
 
 
 def test_attack_and_update_see_the_same_function(tmp_path, write_npz):
@@ -250,82 +464,355 @@ def test_attack_and_update_see_the_same_function(tmp_path, write_npz):
     hook = nn.modules.module.register_module_forward_hook(
         lambda m, i, o: modes.append(m.training) if isinstance(m, nn.BatchNorm2d) else None)
     try:
-        lab = lab_for(tmp_path, "--data-dir", folder, "--p0", "cifar10", "--width", 0.0625, "--fd-every", 0,
-                      dataset="cifar10")
-        f, _ = at_gen.train(lab)
+        data = load_images("cifar10", "train", folder)
+        run, s = begin(tmp_path, "--data-dir", folder, "--dataset", "cifar10", "--width", 0.0625)
+        f, _ = train_f(run, s, "f", data, data)
     finally:
         hook.remove()
     norms = [m for m in f.modules() if isinstance(m, nn.BatchNorm2d)]
     assert modes and not any(modes) and norms
     assert all(m.running_mean.abs().max() == 0 and (m.running_var == 1).all() for m in norms)
-    assert any(m.weight.grad is not None for m in norms)
+    assert any((m.weight != 1).any() for m in norms)
 
 
-def test_in_distribution_steps_descend(tmp_path, monkeypatch):
-    calls = []
-    real = at_gen.pgd_attack
-    monkeypatch.setattr(at_gen, "pgd_attack", lambda f, x, steps, step, *a, sign=1:
-                        calls.append((steps, step, sign)) or real(f, x, steps, step, *a, sign=sign))
-    lab = lab_for(tmp_path, "--indist-steps", 2, "--indist-step", 0.3, "--k-max", 1, "--fd-every", 0)
-    at_gen.train(lab)
-    assert calls.count((2, 0.3, -1)) == 4 and (1, 1.0, 1) in calls
-
-
-def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
-    flags = ("--k-max", 2, "--iters-per-k", 4, "--save-every", 3, "--log-every", 4, "--fd-every", 0,
-             "--batch", 6)
-    f, rows = at_gen.train(lab_for(tmp_path / "whole", *flags))
-
-    class Killed(BaseException):
-        pass
+def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch, glyphs, letters):
+    flags = ("--k-max", 2, "--iters-per-k", 4, "--batch", 6, "--indist-steps", 1)
+    run, s = begin(tmp_path / "whole", *flags)
+    f, rows = train_f(run, s, "f", glyphs, letters, lambda f: 1.0)
+    monkeypatch.setattr(common.Training, "SAVE_SECONDS", -1)
     real, count = at_gen.at_loss, []
 
     def dies(a, b):
         count.append(1)
         if len(count) == 8:
-            raise Killed  # in update 8; the last checkpoint is from update 6
+            raise Killed
         return real(a, b)
+
     dies.__name__ = "at_loss"
+    run, s = begin(tmp_path / "torn", *flags)
     with pytest.raises(Killed):
-        at_gen.train(lab_for(tmp_path / "torn", *flags), objective=dies)
+        train_f(run, s, "f", glyphs, letters, lambda f: 1.0, dies)
     torch.rand(1000)  # whatever happened to the generators in between must not matter
-    g, resumed = at_gen.train(lab_for(tmp_path / "torn", *flags))
+    g, resumed = train_f(run, s, "f", glyphs, letters, lambda f: 1.0)
     assert len(count) == 8 and all(torch.equal(p, q) for p, q in zip(f.parameters(), g.parameters()))
-    drop = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "fd")}  # noqa: E731
-    assert [drop(r) for r in rows] == [drop(r) for r in resumed]
-    with open(tmp_path / "torn" / "runs" / "at_gen-glyphs" / "log.csv") as file:
-        assert [int(row["it"]) for row in csv.DictReader(file)] == [r["it"] for r in rows]
+    assert no_seconds(rows) == no_seconds(resumed)
+    with open(run.folder / "log-f.csv") as file:
+        assert [int(row["it"]) for row in csv.DictReader(file)] == [row["it"] for row in rows]
 
 
-def test_finished_training_is_not_repeated(tmp_path, monkeypatch):
-    lab = lab_for(tmp_path)
-    f, _ = at_gen.train(lab)
+def test_finished_training_is_not_repeated(tmp_path, monkeypatch, glyphs, letters):
+    run, s = begin(tmp_path)
+    f, rows = train_f(run, s, "f", glyphs, letters)
     monkeypatch.setattr(at_gen, "pgd_attack", None)  # calling it now would fail
-    g, _ = at_gen.train(lab)
-    assert all(torch.equal(p, q) for p, q in zip(f.parameters(), g.parameters()))
+    g, again = train_f(run, s, "f", glyphs, letters)
+    assert all(torch.equal(p, q) for p, q in zip(f.parameters(), g.parameters())) and rows == again
 
 
-def test_other_settings_do_not_reuse_a_checkpoint(tmp_path):
-    at_gen.train(lab_for(tmp_path))
-    with pytest.raises(common.UserError, match="lr 0.0005 .now 0.001."):
-        at_gen.train(lab_for(tmp_path, "--lr", 0.001))
-    at_gen.train(lab_for(tmp_path, "--sample-steps", 9))  # a sampling flag is not a training setting
+@pytest.mark.parametrize("flags", [("--lr", 0.001), ("--k-min", 1), ("--step", 2), ("--eps", 3), ("--r1", 1),
+                                   ("--batch", 5), ("--iters-per-k", 3), ("--width", 0.25),
+                                   ("--indist-steps", 1), ("--augment", "crop"), ("--augment-p0", "crop")])
+def test_other_settings_do_not_reuse_a_checkpoint(tmp_path, glyphs, letters, flags):
+    run, s = begin(tmp_path)
+    train_f(run, s, "f", glyphs, letters)
+    run, s = begin(tmp_path, *flags)
+    with pytest.raises(common.UserError):
+        train_f(run, s, "f", glyphs, letters)
+    run, s = begin(tmp_path, "--sample-steps", 9)  # not a setting of training
+    train_f(run, s, "f", glyphs, letters)
 
 
-def test_divergence_stops_with_advice(tmp_path):
-    with pytest.raises(common.Diverged, match="try a lower --lr") as caught:
-        at_gen.train(lab_for(tmp_path, "--lr", 1e4, "--iters-per-k", 30, "--fd-every", 0))
-    assert caught.value.rows
+def test_a_checkpoint_knows_its_images_and_objective(tmp_path, glyphs, letters):
+    run, s = begin(tmp_path)
+    train_f(run, s, "f", glyphs, letters)
+    fewer = Images(letters.x[:500], letters.y[:500], "letters")
+    for changed in ((fewer, letters), (glyphs, fewer)):
+        with pytest.raises(common.UserError):
+            train_f(run, s, "f", *changed)
+    with pytest.raises(common.UserError):
+        train_f(run, s, "f", glyphs, letters, objective=at_gen.ebm_loss)
 
 
-def test_training_separates_data_from_attacked_p0(tmp_path):
+def test_divergence_stops_with_advice(tmp_path, glyphs, letters):
+    run, s = begin(tmp_path, "--lr", 1e4, "--iters-per-k", 30)
+    with pytest.raises(common.Diverged) as caught:
+        train_f(run, s, "f", glyphs, letters)
+    assert caught.value.rows and "--lr" in str(caught.value)
+
+
+def test_training_separates_data_from_attacked_p0(tmp_path, glyphs, letters):
     """The direction of the whole: after short training f is higher on data than on p0, and samples climb."""
-    lab = lab_for(tmp_path, "--k-max", 1, "--iters-per-k", 30, "--batch", 24, "--log-every", 30,
-                  "--fd-every", 0, "--cls-iters", 1, "--sample-steps", 6)
-    f, rows = at_gen.train(lab)
-    assert rows[-1]["auc_p0"] > 0.8
-    with torch.no_grad():
-        assert (f(torch.cat(list(lab.samples(f)))) > f(lab.seeds(24))).all()
+    run, s = begin(tmp_path, "--k-max", 1, "--iters-per-k", 30, "--batch", 24, "--width", 0.5)
+    f, _ = train_f(run, s, "f", glyphs, letters)
+    x, x0 = glyphs.take(slice(0, 200)), letters.take(slice(0, 200))
+    assert batch_auroc(f(x)[:, 0], f(x0)[:, 0]) > 0.8
+    assert (f(pgd_attack(f, x0[:24], 6, 1.0)) > f(x0[:24])).all()
+
+
+# --- what the experiments ask for ---
+
+
+class Recorder:
+    """Stands for learn: remembers what it was asked to train; each training has its own f and log."""
+
+    def __init__(self, stops=()):
+        self.asked, self.stops = [], stops
+
+    def __call__(self, s, name, **options):
+        self.asked.append((s, name, options))
+        number = len(self.asked)
+        log = [{"it": 1, "f_data": 0.0, "f_adv": 3.0 * number, "seconds": 1.0, "attack_steps": 10 * number,
+                "fd": 7.0 * number},
+               {"it": 2, "f_data": 2.0, "f_adv": 2.0 + number, "seconds": 2.0, "attack_steps": 20 * number,
+                "fd": 5.0 * number},
+               {"it": 3, "f_data": 0.0, "f_adv": 0.0, "seconds": 3.0, "attack_steps": 30 * number}]
+        if number in self.stops:
+            stop = common.Diverged("too large")
+            stop.rows = log
+            raise stop
+        return f"f{number}", log
+
+
+@pytest.fixture
+def attacks(monkeypatch):
+    """Every attack is recorded as (f, number of images, steps, step, eps); images are tagged, not changed."""
+    calls = []
+
+    def recorded(f, x, steps, step, eps=math.inf):
+        calls.append((f, len(x), steps, step, eps))
+        return x
+
+    monkeypatch.setattr(at_gen, "pgd_attack", recorded)
+    return calls
+
+
+def fake_run():
+    drawn = {}
+    return SimpleNamespace(drawn=drawn, pictures=lambda name, rows, columns: drawn.update({name: rows}),
+                           lines=lambda name, rows, x, **settings: drawn.update({name: (rows, x)}))
+
+
+def seeds_of(letters, n=24):
+    return Selection(letters, torch.arange(n), 10, "cpu")
+
+
+def distance_by_net(monkeypatch):
+    """Distance of samples that depends on the network alone."""
+    monkeypatch.setattr(at_gen, "distance_of_samples", lambda s, distance, seeds, f, n=None: f"distance of {f}")
+    return SimpleNamespace(name="FD-cls")
+
+
+S = dataclasses.replace(SMOKE, k_max=8, iters_per_k=5, step=0.5, sample_steps=6, sample_step=0.9, images=24)
+
+
+def test_samples_are_made_with_the_steps_of_sampling(attacks, letters):
+    given = at_gen.distance_of_samples(S, list, seeds_of(letters), "f", 15)
+    assert attacks == [("f", 10, 6, 0.9, math.inf), ("f", 5, 6, 0.9, math.inf)]
+    assert torch.equal(torch.cat(given), letters.take(slice(0, 15)))
+    assert len(torch.cat(at_gen.distance_of_samples(S, list, seeds_of(letters), "f"))) == 24
+
+
+def test_table_2_5_measures_p0_samples_and_held_out_data(monkeypatch, letters, glyphs):
+    """The attack moves samples to the data, so theirs is the smaller distance; the accuracy is the network's."""
+    net = Pooled()
+    net.head.weight.data.zero_()
+    net.head.bias.data = F.one_hot(torch.tensor(3), 10).float()  # says 3 of everything
+    monkeypatch.setattr(at_gen, "pgd_attack", lambda f, x, steps, step: (x - 0.04 * steps * step).clamp(0, 1))
+    reference = Selection(glyphs, torch.arange(100), 32, "cpu")
+    held_out = Selection(load_images("glyphs", "test"), torch.arange(50), 32, "cpu")
+    distance, seeds = Distance("FD-cls", net, reference), seeds_of(letters)
+    rows = at_gen.table_2_5(S, distance, "f", [{"seconds": 1.0}, {"seconds": 7.5}], seeds, held_out)
+    found = {row["quantity"]: row for row in rows}
+    moved = [(x - 0.04 * 6 * 0.9).clamp(0, 1) for x in seeds.slices()]
+    assert math.isclose(found["FD-cls p0"]["value"], distance(seeds.slices()))
+    assert math.isclose(found["FD-cls samples"]["value"], distance(moved))
+    assert math.isclose(found["FD-cls held-out data"]["value"], distance(held_out.slices()))
+    share = found["FD-cls samples"]["value"] / found["FD-cls p0"]["value"]
+    assert math.isclose(found["FD-cls samples / p0"]["value"], share)
+    assert found["FD-cls p0"]["n"] == 24 and found["FD-cls held-out data"]["n"] == 50
+    right = (held_out.images.y[:50] == 3).float().mean().item()
+    assert math.isclose(found["accuracy of the FD-cls network"]["value"], right, rel_tol=1e-6)
+    assert found["training seconds"]["value"] == 7.5 and math.isclose(found["IS-cls p0"]["value"], 1)
+
+
+def test_table_2_5_without_labels(attacks, letters):
+    distance = Distance("FID", Pooled(), seeds_of(letters))
+    rows = at_gen.table_2_5(S, distance, "f", [{"seconds": 1.0}], seeds_of(letters), None)
+    assert [row["quantity"] for row in rows] == ["FID p0", "IS p0", "FID samples", "IS samples",
+                                                "FID samples / p0", "training seconds"]
+
+
+def test_table_2_9_and_2_10(monkeypatch, letters):
+    rows = at_gen.table_2_9(S)
+    assert [(row["quantity"], row["value"]) for row in rows] == [("training steps", 8), ("test steps", 6)]
+    clock, lasting = [0.0], iter([50.0, 3.0, 2.0, 4.0])  # the first one warms up
+    monkeypatch.setattr(at_gen.time, "time", lambda: clock[0])
+    asked = []
+
+    def attack(f, x, steps, step):
+        asked.append((f, len(x), steps, step))
+        clock[0] += next(lasting)
+        return x
+
+    monkeypatch.setattr(at_gen, "pgd_attack", attack)
+    (row,) = at_gen.table_2_10(S, "f", seeds_of(letters, 60))
+    assert row["value"] == 2.0 and row["steps"] == 6 and asked == [("f", 50, 6, 0.9)] * 4
+
+
+def test_table_2_11_keeps_the_displacement(attacks, letters):
+    class Counted:
+        name = "FD-cls"
+
+        def __call__(self, slices):
+            return sum(len(x) for x in slices)
+
+    rows = at_gen.table_2_11(S, Counted(), "f", seeds_of(letters, 10))
+    assert [call[2] for call in attacks] == [12, 6, 3]
+    assert all(math.isclose(call[2] * call[3], 5.4) for call in attacks)
+    assert [(row["steps"], row["step"]) for row in rows] == [call[2:4] for call in attacks]
+    titles = ["twice the steps", "the steps of Tab. 2.4", "half the steps"]
+    assert [row["quantity"] for row in rows] == [f"FD-cls samples, {title}" for title in titles]
+
+
+def test_figure_2_3_trains_with_each_p0(monkeypatch, attacks, letters):
+    distance, learn, run = distance_by_net(monkeypatch), Recorder(), fake_run()
+    rows = at_gen.figure_2_3(run, S, distance, "f", seeds_of(letters), learn, lambda name: f"images of {name}")
+    assert [(s, options) for s, _, options in learn.asked] == [
+        (S, {"p0": "images of letters:4"}), (S, {"p0": "images of noise"})]
+    assert len({name for _, name, _ in learn.asked}) == 2
+    assert [(row["quantity"].split()[-1], row["value"]) for row in rows] == [
+        ("letters", "distance of f"), ("letters:4", "distance of f1"), ("noise", "distance of f2")]
+    assert [call[0] for call in attacks] == ["f", "f1", "f2"]
+    assert all(call[2:4] == (6, 0.9) for call in attacks) and len(run.drawn["figure2.3"]) == 4
+
+
+def test_figure_2_4_trains_with_each_fixed_k(monkeypatch):
+    distance, learn, run = distance_by_net(monkeypatch), Recorder(), fake_run()
+    rows = at_gen.figure_2_4(run, S, distance, None, learn)
+    trained = [(s.k_min, s.k_max, s.iters_per_k, options) for s, _, options in learn.asked]
+    assert trained == [(K, K, 45, {}) for K in (1, 5, 8)]  # as many updates as K = 0, ..., 8 have
+    assert [(row["K"], row["value"]) for row in rows] == [(1, "distance of f1"), (5, "distance of f2"),
+                                                          (8, "distance of f3")]
+    unchanged = dict(k_min=S.k_min, k_max=S.k_max, iters_per_k=S.iters_per_k)
+    assert all(dataclasses.replace(s, **unchanged) == S for s, _, _ in learn.asked)
+
+
+def test_figures_2_4_and_2_5_share_their_trainings(monkeypatch):
+    distance, names = distance_by_net(monkeypatch), []
+    for figure in (lambda learn: at_gen.figure_2_4(fake_run(), S, distance, None, learn),
+                   lambda learn: at_gen.figure_2_5(fake_run(), S, distance, Recorder()(S, "f")[1], learn)):
+        learn = Recorder()
+        figure(learn)
+        names.append([name for _, name, _ in learn.asked])
+    assert names[1] == names[0][1:]
+
+
+def test_figure_2_5_compares_the_logs():
+    learn, run = Recorder(), fake_run()
+    _, log = Recorder()(S, "f")
+    for line in log:
+        line["attack_steps"] += 1
+    rows = at_gen.figure_2_5(run, S, SimpleNamespace(name="FID"), log, learn)
+    assert [(s.k_min, s.k_max) for s, _, _ in learn.asked] == [(5, 5), (8, 8)]
+    assert [(row["quantity"], row["value"], row["seconds"], row["attack_steps"], row["n"]) for row in rows] == [
+        ("FID in training, progressive K", 5.0, 2.0, 21, 24),
+        ("FID in training, small fixed K", 5.0, 2.0, 20, 24),
+        ("FID in training, largest fixed K", 10.0, 2.0, 40, 24)]
+    assert {x for _, x in run.drawn.values()} == {"seconds", "attack_steps"}
+    assert all(len(curves) == 6 for curves, _ in run.drawn.values())
+
+
+def test_figure_2_7_and_sweep_show_samples(attacks, letters, glyphs):
+    f, run = Linear(torch.ones(1, 28, 28) / 784), fake_run()
+    rows = at_gen.figure_2_7(run, S, glyphs, f, seeds_of(letters))
+    assert attacks == [(f, 24, 6, 0.9, math.inf)] and list(run.drawn["figure2.7"])[:2] == ["p0", "samples"]
+    found = {row["quantity"]: row["value"] for row in rows}
+    assert math.isclose(found["mean f of data"], glyphs.take(slice(0, 60)).mean().item(), rel_tol=1e-4)
+    assert math.isclose(found["mean f of p0"], letters.take(slice(0, 24)).mean().item(), rel_tol=1e-4)
+    attacks.clear()
+    rows = at_gen.sweep(run, S, f, seeds_of(letters))
+    assert [call[2] for call in attacks] == [0, 1, 2, 3, 4, 6, 9, 12, 24]
+    assert {(call[1], call[3]) for call in attacks} == {(10, 0.9)}
+    assert [row["steps"] for row in rows] == [0, 1, 2, 3, 4, 6, 9, 12, 24] and "sweep" in run.drawn
+
+
+def test_stability_changes_the_objective_and_keeps_what_diverged():
+    learn, run = Recorder(stops=[2]), fake_run()
+    rows = at_gen.stability(run, S, learn)
+    asked = [(options["objective"], s.lr) for s, _, options in learn.asked]
+    assert asked == [(at_gen.at_loss, S.lr), (at_gen.ebm_loss, S.lr), (at_gen.ebm_loss, 1e-6)]
+    for s, _, options in learn.asked:
+        assert (s.k_min, s.k_max, s.iters_per_k, s.r1) == (5, 5, 45, 0) and options["measure"] is None
+    assert len({name for _, name, _ in learn.asked}) == 3
+    found = {row["quantity"]: row["value"] for row in rows}
+    assert found["largest |f(x) - f(x*)|, AT"] == 3 and found["largest |f(x) - f(x*)|, EBM"] == 6
+    assert found["updates before it ran away, EBM"] == 3
+    assert found["updates before it ran away, AT"] == found["updates before it ran away, EBM, tiny lr"] == "none"
+    long = dataclasses.replace(S, iters_per_k=500)
+    at_gen.stability(run, long, learn)
+    assert learn.asked[-1][0].iters_per_k == 1000
+
+
+# --- what main hands on ---
+
+
+def handed_on(monkeypatch, folder, *flags):
+    """The things that main gives to the experiments."""
+    given = {}
+    monkeypatch.setattr(common.Run, "experiments", lambda self, registry, **have: given.update(have, run=self))
+    at_gen.main(["--budget", "smoke", "--out", folder, "--device", "cpu", *flags])
+    return given
+
+
+def test_main_separates_the_splits(monkeypatch, tmp_path, glyphs, letters):
+    """Training and reference: training images. Samples: from test images of p0. Held out: test images."""
+    monkeypatch.setattr(at_gen, "make_distance", lambda run, s, data, reference: (data, reference))
+    given = handed_on(monkeypatch, tmp_path)
+    assert torch.equal(given["seeds"].images.x, load_images("letters", "test").x)
+    assert torch.equal(given["held_out"].images.x, load_images("glyphs", "test").x)
+    assert torch.equal(given["data"].x, glyphs.x)
+    data, reference = given["distance"]()
+    assert torch.equal(data.x, glyphs.x) and torch.equal(reference.images.x, glyphs.x)
+    assert torch.equal(reference.index, torch.arange(64)) and len(given["seeds"].index) == 24
+    given = handed_on(monkeypatch, tmp_path, "--images", 2001)
+    assert torch.equal(given["seeds"].images.x, letters.x) and len(given["held_out"].index) == 2000
+
+
+def test_main_trains_on_data_against_p0(monkeypatch, tmp_path, attacks, glyphs, letters):
+    asked = []
+
+    def trained(run, s, name, data, p0, measure, **options):
+        asked.append((s, name, data, p0, measure))
+        return "f", "log"
+
+    monkeypatch.setattr(at_gen, "train_f", trained)
+    monkeypatch.setattr(at_gen, "make_distance", lambda *given: list)
+    given = handed_on(monkeypatch, tmp_path, "--images", 600, "--sample-steps", 5)
+    assert given["f"]() == "f" and given["log"]() == "log"
+    (s, name, data, p0, measure), = asked
+    assert name == "f" and torch.equal(data.x, glyphs.x) and torch.equal(p0.x, letters.x)
+    assert s.sample_steps == 5 and s == given["run"].args.settings
+    samples = torch.cat(measure("f"))  # 500 of the seeds, by the sampler's steps
+    assert torch.equal(samples, given["seeds"].first(500)) and attacks[0][2:4] == (5, 1.0)
+    given["learn"]()(s, "other", p0=given["load"]("letters:4"))
+    assert asked[1][1] == "other" and asked[1][3].y.max() == 3 and torch.equal(asked[1][2].x, glyphs.x)
+
+
+def test_the_classifier_behind_the_distance(monkeypatch, tmp_path, glyphs):
+    calls = []
+
+    def trained(run, name, build, data, iterations, batch, augment):
+        calls.append((build(), data, iterations, augment))
+        return Pooled()
+
+    monkeypatch.setattr(common, "train_classifier", trained)
+    run, s = begin(tmp_path, "--cls-iters", 7)
+    distance = at_gen.make_distance(run, s, glyphs, Selection(glyphs, torch.arange(50), 32, "cpu"))
+    (net, data, iterations, augment), = calls
+    assert distance.name == "FD-cls" and data is glyphs and iterations == 7 and augment == "none"
+    assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    colour = Images(glyphs.x.expand(-1, 3, -1, -1), glyphs.y, "cifar10")
+    at_gen.make_classifier(run, s, colour)
+    assert isinstance(calls[1][0], common.ResNet) and calls[1][3] == "crop_flip"
 
 
 # --- the script ---
@@ -338,15 +825,19 @@ def test_smoke_run_of_every_experiment(tmp_path, outcome):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == set(at_gen.EXPERIMENTS)
     for entry in results.values():
-        assert entry["ours"] and {"published", "seconds", "hardware", "command", "dataset"} <= set(entry)
-        assert all(math.isfinite(v) for v in entry["ours"].values() if isinstance(v, float))
-    for picture in ("figure2.3", "figure2.4", "figure2.5", "figure2.7", "sweep", "stability"):
-        assert (folder / f"{picture}.png").stat().st_size > 5000
-    assert (folder / "config.json").exists() and (folder / "log.csv").exists()
+        assert entry["rows"] and entry["p0"] == "letters"
+        numbers = [row["value"] for row in entry["rows"] if not isinstance(row["value"], str)]
+        assert all(math.isfinite(number) for number in numbers)
+    for picture in ("figure2.3", "figure2.4", "figure2.5-seconds", "figure2.5-steps", "figure2.7", "sweep",
+                    "stability"):
+        assert (folder / f"{picture}.png").exists()
+    for log in ("f", "classifier", "p0-noise", "p0-letters-4", "fixed-K2"):
+        assert (folder / f"log-{log}.csv").exists()
 
 
-def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome):
-    """A 256-pixel set: folders of files, the residual D, no labels and so no Frechet distance."""
+@pytest.fixture
+def pictures(tmp_path):
+    """A data folder with two sets of pictures in files."""
     from PIL import Image
     random = torch.Generator().manual_seed(1)
     for name in ("celebahq", "imagenet"):
@@ -355,60 +846,67 @@ def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome):
             file.parent.mkdir(parents=True, exist_ok=True)
             pixels = torch.randint(0, 256, (40 + i, 50, 3), generator=random, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(file)
-    assert outcome(at_gen, "--dataset", "celebahq", "--budget", "smoke", "--data-dir", tmp_path / "data",
-                   "--out", tmp_path, "--device", "cpu") == (0, "")
-    results = json.loads((tmp_path / "at_gen-celebahq" / "results.json").read_text())
-    assert "needs inception" in results["table2.5"]["ours"]["FID"]
+    return tmp_path / "data"
+
+
+def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome, pictures):
+    """A 256-pixel set: folders of files, the residual D, no labels and so no Frechet distance."""
+    flags = ("--dataset", "celebahq", "--budget", "smoke", "--data-dir", pictures, "--out", tmp_path,
+             "--device", "cpu", "--side", 8, "--k-max", 1, "--images", 8)
+    code, said = outcome(at_gen, *flags)
+    assert code == 2 and "inception" in said and not list(tmp_path.rglob("*.pt"))
+    assert outcome(at_gen, *flags, "--only", "table2.10", "figure2.7", "sweep") == (0, "")
     assert (tmp_path / "at_gen-celebahq" / "figure2.7.png").exists()
 
 
-def test_fid_with_inception_features(tmp_path, write_npz, outcome):
-    """Where Inception's weights are at hand (here: random ones) it is FID, and no classifier is trained."""
+def test_fid_with_inception_features(tmp_path, write_npz, outcome, monkeypatch):
+    """Where there are Inception's features (here: pretended) it is FID, and no classifier is trained."""
     folder = write_npz("cifar10")
-    torch.save(common.InceptionFeatures().net.state_dict() | {"fc.weight": torch.randn(1000, 2048) / 45,
-                                                              "fc.bias": torch.zeros(1000)},
-               folder / common.InceptionFeatures.FILE)
+
+    def network(data, data_dir, classifier):
+        assert data_dir == folder
+        return "FID", Pooled()
+
+    monkeypatch.setattr(common, "feature_network", network)
     assert outcome(at_gen, "--dataset", "cifar10", "--budget", "smoke", "--p0", "noise", "--data-dir", folder,
-                   "--out", tmp_path, "--device", "cpu", "--images", 4, "--reference", 4,
-                   "--only", "table2.5") == (0, "")
-    ours = json.loads((tmp_path / "at_gen-cifar10" / "results.json").read_text())["table2.5"]["ours"]
-    assert ours["FID p0"] > 0 and 1 <= ours["IS samples"] < 1000 and not any("cls" in key for key in ours)
+                   "--out", tmp_path, "--device", "cpu", "--k-max", 0, "--only", "table2.5") == (0, "")
+    results = json.loads((tmp_path / "at_gen-cifar10" / "results.json").read_text())
+    names = [row["quantity"] for row in results["table2.5"]["rows"]]
+    assert "FID samples" in names and "IS held-out data" in names and not any("cls" in name for name in names)
     assert not (tmp_path / "at_gen-cifar10" / "classifier.pt").exists()
 
 
-def test_a_smoke_run_gives_way_to_a_real_one(tmp_path, capsys):
-    at_gen.train(lab_for(tmp_path))
-    lab = lab_for(tmp_path, "--iters-per-k", 1)
-    lab.args.budget = "quick"
-    assert len(at_gen.train(lab)[1]) > 0 and "starting over" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--dataset", "nist"], "known: glyphs"),
-    (["--budget", "huge"], "known for glyphs: smoke, quick, paper"),
-    (["--only", "table9"], "unknown experiment 'table9'"),
-    (["--eps", "-1"], "at least 0"),
-    (["--eps", "8/x"], "8/255"),
-    (["--k-max", "2.5"], "whole number"),
-    (["--batch", "0"], "--batch"),
-    (["--images", "1"], "--images must be at least 2"),
-    (["--side", "3"], "--side must be at least 8"),
-    (["--width", "inf"], "no plain of width inf"),
-    (["--seed", "99999999999"], "--seed must be below"),
-    (["--cls-net", "plain"], "has no features"),
-    (["--k-min", "9"], "above --k-max"),
-    (["--images", "10000000"], "has only"),
-    (["--p0", "letters:0"], "first n classes"),
-    (["--p0", "nosuch"], "unknown data set 'nosuch'"),
-    (["--device", "cuda:99"], "not available"),
-    (["--net", "vgg"], "unknown network 'vgg'"),
-    (["--augment", "rrc"], "no augmentation 'rrc'"),
-    (["--dataset", "celebahq"], "no such folder"),
-    (["--step"], "expected one argument"),
-    (["--nonsense", "1"], "--nonsense"),
+@pytest.mark.parametrize("flags", [
+    ["--dataset", "nist"],
+    ["--budget", "huge"],
+    ["--budget", "paper"],  # glyphs are not in the source
+    ["--only", "table9"],
+    ["--eps", "-1"],
+    ["--eps", "8/x"],
+    ["--k-max", "2.5"],
+    ["--batch", "0"],
+    ["--images", "1"],
+    ["--side", "3"],
+    ["--width", "inf"],
+    ["--seed", "99999999999"],
+    ["--k-min", "9"],
+    ["--images", "10000000"],
+    ["--p0", "letters:0"],
+    ["--p0", "letters:few"],
+    ["--p0", "nosuch"],
+    ["--device", "cuda:99"],
+    ["--net", "vgg"],
+    ["--net", "resblock_d"],  # 28 is no power of two
+    ["--augment", "rrc"],
+    ["--augment-p0", "mild"],
+    ["--dataset", "celebahq"],
+    ["--step"],
+    ["--nonsense", "1"],
 ])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, flags, says):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, flags):
     code, said = outcome(at_gen, "--budget", "smoke", "--data-dir", tmp_path, "--out", tmp_path / "runs",
                          *flags)
-    assert code == 2 and says in said and said.count("\n") == 1
-    assert not list(tmp_path.rglob("*.pt"))
+    assert code == 2 and said.count("\n") == 1
+    named = [flags[-1], flags[0], flags[0].removeprefix("--"), "power", "no such"]
+    assert any(word.split(":")[-1] in said for word in named)
+    assert not (tmp_path / "runs").exists()

@@ -1,8 +1,11 @@
-"""fixer.py: pairs and when they are refused, losses, early stopping, what attacks see of G, the script as a whole."""
+"""fixer.py: the pairs, both phases, what each attack sees of G, every table and figure, the energy, the script as a whole."""
 import copy
+import dataclasses
+import functools
 import json
 import math
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +17,12 @@ from torch import nn
 
 import common
 import fixer
-from common import UserError
-from fixer import Defence, Fixed, behind, fingerprint, perceptual_loss, stopped
+from common import Training, UserError
+from fixer import Attack, Defence, LInf, Outcome, behind, chain_and_fixer, purified, train_phase
+
+SMOKE = fixer.SETTINGS["glyphs", "smoke"]
+BALL = LInf(0.1, 0.025)
+ATTACK = Attack(BALL, 20, 6, 24)
 
 
 @pytest.fixture(autouse=True)
@@ -23,328 +30,29 @@ def no_weights_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
 
 
-class Slim(nn.Module):
-    """In place of torchvision's VGG-16, whose file has half a gigabyte."""
+class FakeRun:
+    """A run's folder, and the figures that were asked for."""
 
-    def __init__(self, **_):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, 1, 1),
-                                      nn.ReLU(), *[nn.MaxPool2d(2) for _ in range(8)])
+    def __init__(self, folder):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.shared, self.seed, self.smoke, self.chunk = folder, folder, 0, True, 250
+        self.device = torch.device("cpu")
+        self.shown = {}
 
+    def pictures(self, name, rows, columns):
+        self.shown[name] = rows
 
-def vgg_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.torchvision.models, "vgg16", Slim)
-    (tmp_path / "data").mkdir(exist_ok=True)
-    made, file = Slim(), tmp_path / "data" / common.VGGMaps.FILE
-    torch.save(made.state_dict(), file)
-    return made, file
-
-
-def energy_file(out, dataset="glyphs", shape=(1, 28, 28), **changes):
-    """An untrained energy in place of lifecycle_midrun.py's; changes: to what it says of itself."""
-    torch.manual_seed(5)
-    net, width = ("biggan_deep", 1 / 16) if shape[1] > 64 else ("light_ebm", 1 / 16)
-    V = common.make_net(net, 1, shape, width)
-    file = out / f"lifecycle_midrun-{dataset}" / "energy.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    made = {"net": net, "width": width, "temperature": 1e-4, "updates": 6, "budget": "smoke", "data": [9, *shape],
-            "tau_train": 0.015}
-    common.save_checkpoint(file, made | changes.pop("made", {}), V=V.state_dict(), **{"it": 6} | changes)
-    return file
+    def lines(self, name, rows, x, **_):
+        self.shown[name] = rows
 
 
-def lab_of(tmp_path, *flags, name="runs"):
-    energy_file(tmp_path / name)
-    argv = ["--budget", "smoke", "--out", str(tmp_path / name), "--device", "cpu", *map(str, flags)]
-    return fixer.Lab(fixer.get_args(argv))
-
-
-class Noise:
-    """In place of Sampler: chains that add noise to their images, and count what they did."""
-
-    def __init__(self, size=0.2):
-        self.size, self.calls = size, []
-
-    def __call__(self, x, steps):
-        self.calls.append((len(x), steps))
-        return x + self.size * torch.randn_like(x), torch.tensor(0.1)
+@pytest.fixture
+def run(tmp_path):
+    return FakeRun(tmp_path / "run")
 
 
 class Killed(Exception):
     pass
-
-
-def same(a, b):
-    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-
-
-# --- the network ---
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64)])
-def test_g_is_the_identity_before_training_and_never_clamps(shape):
-    G, x = common.make_net("fixer", 1, shape, 0.125), 3 * torch.randn(4, *shape)
-    for mode in (True, False):
-        assert torch.equal(G.train(mode)(x), x)
-    F.mse_loss(G.train()(x), torch.zeros_like(x)).backward()
-    assert G.body[-1].weight.grad.abs().sum() > 0                               # and yet it can learn
-    with torch.no_grad():
-        G.body[-1].weight += 0.1
-    assert G(x).shape == x.shape and not torch.allclose(G(x), x)
-    blocks = [m for m in G.modules() if isinstance(m, common.GBlock)]
-    assert len(blocks) == (6 if shape[1] == 64 else 4)
-    assert not any(isinstance(m, nn.Upsample) for m in G.modules())
-
-
-# --- pairs ---
-
-
-def test_pairs_are_made_with_the_defence_s_sampler_and_its_k(tmp_path):
-    lab = lab_of(tmp_path, "--k", 3, "--tau", 0.02)
-    index = lab.split[0]
-    z = fixer.purified(lab, "pairs", index, lab.s.k)
-    assert lab.defence(lab.f).sampler is lab.sampler and lab.defence(lab.f).K == 3
-    assert lab.sampler.tau == 0.02 and lab.sampler.temperature == 1e-4
-    torch.manual_seed(lab.args.seed + len(index))
-    assert torch.equal(z, lab.sampler(lab.images(index), 3)[0].half())
-
-
-def test_pairs_are_kept_drawn_anew_and_refused_when_made_otherwise(tmp_path):
-    lab = lab_of(tmp_path)
-    lab.sampler, index = Noise(), lab.split[0]
-    first = fixer.purified(lab, "pairs", index, 3)
-    assert lab.sampler.calls == [(8, 3)]
-    torch.manual_seed(77)
-    assert torch.equal(fixer.purified(lab, "pairs", index, 3), first) and len(lab.sampler.calls) == 1
-    second = fixer.purified(lab, "pairs", index, 3, draw=1)
-    assert len(lab.sampler.calls) == 2 and not torch.equal(first, second)
-    assert torch.equal(fixer.purified(lab, "pairs", index, 3), first) and len(lab.sampler.calls) == 3
-    with pytest.raises(UserError, match="made with K 3 .now 4"):
-        fixer.purified(lab, "pairs", index, 4)
-    for changes, says in (({"temperature": 2e-4}, "temperature"), ({"energy": "12.3"}, "energy")):
-        other = copy.copy(lab)
-        other.made_with = lab.made_with | changes
-        with pytest.raises(UserError, match=says):
-            fixer.purified(other, "pairs", index, 3)
-    other = lab_of(tmp_path, "--tau", 0.01)
-    with pytest.raises(UserError, match="tau 0.06 .now 0.01"):
-        fixer.purified(other, "pairs", index, 3)
-    assert len(lab.sampler.calls) == 3
-
-
-def test_interrupted_pairs_go_on_bit_exactly(tmp_path, monkeypatch):
-    flags = ("--chunk", 3)
-    whole = lab_of(tmp_path, *flags, name="whole")
-    expected = fixer.purified(whole, "pairs", whole.split[0], 2, draw=1)
-    lab = lab_of(tmp_path, *flags, name="broken")
-    times = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(fixer.time, "time", lambda: next(times))                # a minute after every part
-
-    class Dying:
-        def __call__(self, x, steps):
-            if len(x) == 2:
-                raise Killed
-            return whole.sampler(x, steps)
-    lab.sampler = Dying()
-    with pytest.raises(Killed):
-        fixer.purified(lab, "pairs", lab.split[0], 2, draw=1)
-    assert torch.load(lab.run.folder / "pairs.pt", weights_only=True)["done"] == 6
-    lab.sampler = whole.sampler
-    torch.manual_seed(99)
-    assert torch.equal(fixer.purified(lab, "pairs", lab.split[0], 2, draw=1), expected)
-
-
-def test_held_out_images_are_none_of_the_pairs_and_none_is_for_test(tmp_path):
-    lab = lab_of(tmp_path, "--pairs", 200, "--held", 100)
-    learned, held = map(set, (part.tolist() for part in lab.split))
-    assert len(learned) == 200 and len(held) == 100 and not learned & held
-    assert len(lab.pictures) == 300 and torch.equal(lab.images(torch.arange(300)),
-                                                    lab.data.take(common.shuffled(10_000, 321)[:300]))
-    i = common.shuffled(2000, 123)[:8]
-    assert torch.equal(lab.x, lab.test.take(i)) and torch.equal(lab.y, lab.test.y[i])
-    lab = lab_of(tmp_path, "--natural", 20)
-    assert len(lab.x) == len(lab.y) == 8 and [len(part) for part in lab.natural] == [20, 20]
-    assert torch.equal(lab.natural[0][:8], lab.x)
-
-
-def test_chains_and_images_stay_together_across_chunks(tmp_path):
-    lab = lab_of(tmp_path, "--chunk", 3)
-    lab.sampler = Noise(0.0)
-    assert torch.equal(fixer.purified(lab, "pairs", lab.split[0], 3), lab.images(lab.split[0]).half())
-    lab = lab_of(tmp_path, "--chunk", 7)                                        # two images, three chains each
-    lab.sampler = Noise(0.0)
-    found = fixer.same_chains(lab, lab.x, 3, {"pixels": lambda x: x.flatten(1)})["pixels"]
-    assert all(torch.allclose(chain, lab.x.flatten(1), atol=1e-6) for chain in found)
-
-
-def test_pairs_of_other_images_are_refused(tmp_path):
-    lab = lab_of(tmp_path, "--pairs", 8)
-    fixer.purified(lab, "pairs-held", lab.split[1], 3)
-    lab = lab_of(tmp_path, "--pairs", 6)                                        # as many, but others, are held out
-    with pytest.raises(UserError, match="pairs 8 .now 6"):
-        fixer.purified(lab, "pairs-held", lab.split[1], 3)
-
-
-def test_chains_that_run_away_end_with_advice(tmp_path):
-    lab = lab_of(tmp_path)
-    lab.sampler = Noise(math.inf)
-    with pytest.raises(common.Diverged, match="lower --tau"):
-        fixer.purified(lab, "pairs", lab.split[0], 3)
-
-
-# --- losses and the two phases ---
-
-
-def test_perceptual_loss_against_a_hand_count():
-    """phi: sums of pairs of columns, and their negatives; C = 2, H = 1, W = 2."""
-    def phi(x):
-        sums = x.unflatten(3, (2, 2)).sum(4)                                    # [B, 1, 1, 2]
-        return torch.cat([sums, -sums], 1)
-    x = torch.tensor([[[[1., 2., 3., 4.]]], [[[0., 0., 0., 1.]]]])
-    target = torch.tensor([[[[0., 2., 3., 3.]]], [[[0., 0., 0., 0.]]]])
-    by_hand = [(1 + 1 + 1 + 1) / (2 * 1 * 2), (0 + 1 + 0 + 1) / (2 * 1 * 2)]
-    assert perceptual_loss(phi, x, target).item() == pytest.approx(sum(by_hand) / 2)
-
-
-def test_early_stopping_on_a_made_up_curve():
-    losses = [9, 7, 8, 6, 6.5, 6.2, 6.1, 3]
-    assert [stopped(losses[:n], 3) for n in range(1, 9)] == [False] * 6 + [True, False]
-    assert [stopped(losses[:n], 1) for n in range(1, 5)] == [False, False, True, False]
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path, monkeypatch, early):
-    """Losses before training and after epochs 1 to 5; patience 2: it ends after epoch 4, and keeps epoch 2."""
-    made_up, after = [5.0, 4.0, 3.0, 3.5, 3.2, 1.0], []
-    monkeypatch.setattr(fixer, "mean_loss", lambda lab, loss, G, z, held: after.append(copy.deepcopy(G))
-                        or made_up[len(after) - 1])
-    lab = lab_of(tmp_path, "--patience", 2, "--lr", 0.01)
-    lab.sampler = Noise()
-    G, curve = fixer.train_phase(lab, "g", "mse", 5, early=early)
-    epochs = 4 if early else 5
-    assert len(after) == epochs + 1 and same(G, after[2 if early else 5]) and not same(after[2], after[-1])
-    assert curve[:, 1].tolist()[:epochs + 1] == pytest.approx(made_up[:epochs + 1])
-    assert curve[epochs + 1:].isnan().all() and not G.training and not any(p.requires_grad for p in G.parameters())
-    again, then = fixer.train_phase(lab, "g", "mse", 5, early=early)            # finished, though early
-    assert same(again, G) and torch.equal(then[:epochs + 1, 1], curve[:epochs + 1, 1]) and len(after) == epochs + 1
-    rows = (lab.run.folder / "log-g.csv").read_text().splitlines()
-    assert len(rows) == epochs + 1
-
-
-def test_g_learns_to_take_noise_away(tmp_path):
-    lab = lab_of(tmp_path, "--pairs", 200, "--held", 50, "--batch", 20, "--width", 0.125, "--lr", 0.003)
-    lab.sampler = Noise()
-    G, curve = fixer.train_phase(lab, "g", "mse", 4)
-    before = fixer.mean_loss(lab, F.mse_loss, None, fixer.purified(lab, "pairs-held", lab.split[1], 3), lab.split[1])
-    assert before == pytest.approx(0.04, rel=0.1) and curve[0, 1].item() == pytest.approx(before, rel=1e-4)
-    assert curve[-1, 1] < 0.5 * before
-    norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(m.running_mean.abs().max() > 0 for m in norms)         # it learned in train mode
-    x = lab.x
-    with torch.no_grad():
-        assert (G(x + 0.2 * torch.randn_like(x)) - x).pow(2).mean() < 0.02
-
-
-def test_chains_are_drawn_anew_every_few_epochs_and_phase_two_goes_on_counting(tmp_path, monkeypatch):
-    seen, real = [], fixer.purified
-    monkeypatch.setattr(fixer, "purified", lambda lab, name, index, K, draw=0: seen.append((name, K, draw))
-                        or real(lab, name, index, K, draw))
-    lab = lab_of(tmp_path, "--refresh", 2, "--mse-epochs", 4, "--perceptual-epochs", 3, "--patience", 9)
-    lab.phases
-    assert [draw for name, K, draw in seen if name == "pairs"] == [0, 1, 2, 3]
-    assert {draw for name, K, draw in seen if name == "pairs-held"} == {0} and {K for _, K, _ in seen} == {3}
-    seen.clear()
-    fixer.train_phase(lab, "other", "mse", 1, K=2)
-    assert {(name, K) for name, K, _ in seen} == {("pairs-other", 2), ("pairs-other-held", 2)}
-
-
-def test_the_second_phase_starts_from_the_first_and_learns_the_other_loss(tmp_path, monkeypatch):
-    lab = lab_of(tmp_path, "--mse-epochs", 3, "--lr", 0.003)
-    kinds = []
-    lab.losses = {kind: lambda x, target, kind=kind, loss=loss: kinds.append(kind) or loss(x, target)
-                  for kind, loss in lab.losses.items()}
-    (mse, first), (G, second) = lab.phases
-    assert kinds == ["mse"] * kinds.count("mse") + ["perceptual"] * kinds.count("perceptual") and len(set(kinds)) == 2
-    z = fixer.purified(lab, "pairs-held", lab.split[1], 3)
-    kept = fixer.mean_loss(lab, lab.losses["perceptual"], mse, z, lab.split[1])
-    assert second[0, 1].item() == pytest.approx(kept, rel=1e-3) and first[:, 1].isfinite().all()
-    assert not same(mse, G) or second[1:, 1].min() >= second[0, 1]
-
-
-def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
-    flags = ("--mse-epochs", 5, "--refresh", 2, "--lr", 0.003, "--patience", 9)
-    whole = fixer.train_phase(lab_of(tmp_path, *flags, name="whole"), "g", "mse", 5)
-    step, calls = torch.optim.Adam.step, []
-
-    def dying(self, *a):
-        calls.append(1)
-        if len(calls) == 8:                                                     # the middle of epoch 4
-            raise Killed
-        return step(self, *a)
-    monkeypatch.setattr(torch.optim.Adam, "step", dying)
-    with pytest.raises(Killed):
-        fixer.train_phase(lab_of(tmp_path, *flags, name="broken"), "g", "mse", 5)
-    monkeypatch.undo()
-    torch.manual_seed(99)
-    broken = fixer.train_phase(lab_of(tmp_path, *flags, name="broken"), "g", "mse", 5)
-    assert same(whole[0], broken[0]) and torch.equal(whole[1][1:], broken[1][1:])
-
-
-def test_training_leaves_the_classifier_and_the_energy_alone(tmp_path):
-    lab = lab_of(tmp_path)
-    f, before = lab.f, [copy.deepcopy(net.state_dict()) for net in (lab.f, lab.V)]
-    f.zero_grad()                                                               # what its own training left
-    lab.phases
-    for net, state in zip((f, lab.V), before):
-        assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and not f.training
-        assert all(p.grad is None for p in net.parameters())
-
-
-def test_f_is_the_same_whether_the_fixer_or_an_attack_asks_for_it_first(tmp_path):
-    """Bfloat16 copies of weights that a surrounding autocast keeps must not be what f is trained on."""
-    flags = ("--f-iters", 20)
-    first, second = lab_of(tmp_path, *flags, name="a"), lab_of(tmp_path, *flags, name="b")
-    first.f, second.phases
-    assert same(first.f, second.f) and (outputs_of(first.f, first.x) == outputs_of(second.f, first.x)).all()
-
-
-def outputs_of(f, x):
-    with torch.no_grad():
-        return f(x)
-
-
-# --- the loss network ---
-
-
-def test_the_loss_network_is_a_layer_of_f_or_vgg(tmp_path, monkeypatch):
-    lab = lab_of(tmp_path)
-    x = torch.rand(3, 1, 28, 28)
-    assert torch.allclose(lab.phi(x), lab.f.body[:9](2 * x - 1), atol=1e-5)
-    assert lab.loss_network == "small_cnn (f), layer body.8"
-    made, file = vgg_file(tmp_path, monkeypatch)
-    lab = lab_of(tmp_path, "--data-dir", tmp_path / "data", "--layer", 3)
-    with torch.no_grad():
-        z = (x.expand(-1, 3, -1, -1) - lab.phi.mean) / lab.phi.std
-        assert torch.allclose(lab.phi(x), made.features[:4](z), atol=1e-4)
-    assert lab.phi(x).shape == (3, 6, 14, 14) and lab.loss_network == "VGG-16, layer 3"
-    assert not any(p.requires_grad for p in lab.phi.parameters())
-    lab.phases
-    other = lab_of(tmp_path, "--data-dir", tmp_path / "data", "--loss-net", "f")
-    assert other.loss_network.endswith("body.8")
-    with pytest.raises(UserError, match="fixer.pt was made with loss VGG-16, layer 3"):
-        other.phases
-    torch.save(Slim().state_dict(), file)                                       # other weights under the same name
-    with pytest.raises(UserError, match="fixer.pt was made with loss VGG-16, layer 3"):
-        lab_of(tmp_path, "--data-dir", tmp_path / "data", "--layer", 3).phases
-    for layer in (9, 40):                                                       # nothing left to pool; no such layer
-        with pytest.raises(UserError, match="no such layer"):
-            lab_of(tmp_path, "--data-dir", tmp_path / "data", "--layer", layer)
-    file.write_bytes(b"torn")
-    with pytest.raises(UserError, match="not torchvision's VGG-16"):
-        lab_of(tmp_path, "--data-dir", tmp_path / "data")
-
-
-# --- what defends, and what attacks see ---
 
 
 class Blend(nn.Module):
@@ -358,173 +66,683 @@ class Blend(nn.Module):
         return self.a * x + self.b
 
 
-def shifted(x, steps):
-    return x + 0.25, torch.tensor(0.1)
+def shifted(x, steps, by=0.25):
+    return x + by
 
 
-def test_the_stronger_attack_s_gradient_passes_through_g_and_the_other_does_not(exact):
+def noisy(x, steps, size=0.2):
+    return x + size * steps * torch.randn_like(x)
+
+
+def images(n, name="pairs", seed=1, side=8):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (n, 1, side, side), dtype=torch.uint8, generator=g)
+    return common.Images(x, torch.arange(n) % 10, name)
+
+
+def settings(**changes):
+    return dataclasses.replace(SMOKE, **changes)
+
+
+def same(a, b):
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def rows_of(rows):
+    return {row["quantity"]: row["value"] for row in rows}
+
+
+# --- the network ---
+
+
+@pytest.mark.parametrize("channels, side", [(1, 28), (3, 32)])
+def test_g_is_the_identity_before_training_and_never_clamps(channels, side):
+    G, x = fixer.Fixer(channels, 8), 3 * torch.randn(4, channels, side, side)
+    for mode in (True, False):
+        assert torch.equal(G.train(mode)(x), x)
+    F.mse_loss(G.train()(x), torch.zeros_like(x)).backward()
+    assert G.body[-1].weight.grad.abs().sum() > 0  # and yet it can learn
+    with torch.no_grad():
+        G.body[-1].weight += 0.1
+        G.eval()
+        assert torch.allclose(G(x), x + G.body(2 * x - 1) / 2) and not torch.allclose(G(x), x)
+    assert not any(isinstance(m, nn.Upsample) for m in G.modules())
+
+
+def test_its_size():
+    assert sum(p.numel() for p in fixer.Fixer(3, 64).parameters()) == 300_099
+
+
+# --- pairs ---
+
+
+def test_pairs_are_the_ends_of_the_chains_in_order(run, monkeypatch):
+    monkeypatch.setattr(fixer, "PART", 5)
+    run.chunk = 2
+    data = images(12)
+    z = purified(run, partial(noisy, size=0.01), data, 3)
+    assert z.dtype == torch.float16 and z.shape == (12, 1, 8, 8)
+    moved = z.float() - data.take(slice(None))
+    assert moved.std() == pytest.approx(0.03, rel=0.1)  # three steps, and each pair is of one image
+    torch.manual_seed(12)
+    ends = torch.cat([noisy(part, 3, size=0.01) for part in data.take(slice(None)).split([2, 2, 1, 2, 2, 1, 2])])
+    assert torch.equal(z, ends.half())
+
+
+def test_pairs_are_kept_and_drawn_anew(run):
+    data, calls = images(6), []
+
+    def counted(x, steps):
+        calls.append(steps)
+        return noisy(x, steps)
+    torch.manual_seed(77)
+    first = purified(run, counted, data, 2)
+    torch.manual_seed(78)
+    assert torch.equal(purified(run, counted, data, 2), first) and calls == [2]
+    second = purified(run, counted, data, 2, draw=1)
+    assert not torch.equal(first, second) and calls == [2, 2]
+    assert torch.equal(purified(run, counted, data, 2), first) and calls == [2, 2]
+    run.seed = 1
+    with pytest.raises(UserError, match="seed"):
+        purified(run, counted, data, 2)
+
+
+def test_pairs_of_another_energy_tau_temperature_k_or_images_are_refused(run):
+    V = common.frozen_copy(common.make_net("light_ebm", 1, (1, 28, 28), 1 / 16))
+    data = images(4, side=28)
+    own = {"V": V, "tau": 0.1, "T": 1e-4}
+    first = purified(run, partial(fixer.langevin, **own), data, 2)
+    assert torch.equal(purified(run, partial(fixer.langevin, **own), data, 2), first)
+    other = copy.deepcopy(V)
+    with torch.no_grad():
+        other.net.body[0].weight += 1
+    for change in ({"V": other}, {"tau": 0.2}, {"T": 2e-4}):
+        with pytest.raises(UserError, match="made with"):
+            purified(run, partial(fixer.langevin, **{**own, **change}), data, 2)
+    with pytest.raises(UserError, match="images"):
+        purified(run, partial(fixer.langevin, **own), images(4, seed=2, side=28), 2)
+    file = run.folder / "pairs-2-0.pt"
+    file.rename(run.folder / "pairs-3-0.pt")
+    with pytest.raises(UserError, match="K 2 .now 3"):
+        purified(run, partial(fixer.langevin, **own), data, 3)
+
+
+def test_interrupted_pairs_go_on_bit_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(fixer, "PART", 3)
+    monkeypatch.setattr(Training, "SAVE_SECONDS", -1)
+    data, calls, dies = images(8), [], [False]
+
+    def dying(x, steps):
+        calls.append(len(x))
+        if dies[0] and len(calls) == 3:
+            raise Killed
+        return noisy(x, steps)
+    expected = purified(FakeRun(tmp_path / "whole"), dying, data, 2, draw=1)
+    calls.clear()
+    dies[0] = True
+    with pytest.raises(Killed):
+        purified(FakeRun(tmp_path / "broken"), dying, data, 2, draw=1)
+    dies[0] = False
+    calls.clear()
+    torch.manual_seed(99)
+    assert torch.equal(purified(FakeRun(tmp_path / "broken"), dying, data, 2, draw=1), expected)
+    assert calls == [2]  # the last part alone
+
+
+def test_chains_that_run_away_stop_the_run(run):
+    with pytest.raises(common.Diverged, match="lower --tau"):
+        purified(run, partial(shifted, by=math.inf), images(4), 2)
+
+
+# --- losses ---
+
+
+def test_perceptual_loss_against_a_hand_count():
+    """phi: sums of pairs of columns, and their negatives; C = 2, H = 1, W = 2. Images are shifted by 1, halved."""
+    def layers(x):
+        sums = (2 * x + 1).unflatten(3, (2, 2)).sum(4)  # [B, 1, 1, 2]
+        return torch.cat([sums, -sums], 1)
+    x = torch.tensor([[[[1., 2., 3., 4.]]], [[[0., 0., 0., 1.]]]])
+    target = torch.tensor([[[[0., 2., 3., 3.]]], [[[0., 0., 0., 0.]]]])
+    by_hand = [(1 + 1 + 1 + 1) / (2 * 1 * 2), (0 + 1 + 0 + 1) / (2 * 1 * 2)]
+    loss = fixer.perceptual_loss(x, target, layers, 1, 2)
+    assert loss.item() == pytest.approx(sum(by_hand) / 2)
+
+
+@pytest.mark.parametrize("name, layers", [("small_cnn", 9), ("wrn16", 5), ("wrn28", 9)])
+def test_without_vgg_the_loss_network_is_the_front_of_f(name, layers):
+    f = common.make_net(name, 10, (3, 32, 32), 1).eval().requires_grad_(False)
+    loss = fixer.make_perceptual(None, f, "cpu")
+    x, target = torch.rand(2, 3, 3, 32, 32)
+    maps = [f.body[:layers](2 * image - 1) for image in (x, target)]
+    assert loss(x, target).item() == pytest.approx(F.mse_loss(*maps).item(), rel=1e-4)
+
+
+class Slim(nn.Module):
+    """In place of torchvision's VGG-16, whose file has half a gigabyte."""
+
+    def __init__(self, **_):
+        super().__init__()
+        layers = []
+        for c_in, c_out in ((3, 4), (4, 4), (4, 6), (6, 6), (6, 6)):
+            layers += [nn.Conv2d(c_in, c_out, 3, 1, 1), nn.BatchNorm2d(c_out)]
+        self.features = nn.Sequential(*layers)
+
+
+def vgg_file(folder, monkeypatch):
+    monkeypatch.setattr(fixer.torchvision.models, "vgg16", Slim)
+    made, file = Slim(), folder / "vgg16-397923af.pth"
+    folder.mkdir(exist_ok=True)
+    torch.save(made.state_dict(), file)
+    return made, file
+
+
+def test_the_loss_network_is_vgg_where_its_weights_are(tmp_path, monkeypatch):
+    made, file = vgg_file(tmp_path / "data", monkeypatch)
+    loss = fixer.make_perceptual(file, None, "cpu")
+    x, target = torch.rand(2, 3, 1, 8, 8)
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in ((.485, .456, .406), (.229, .224, .225)))
+    made.eval()
+    maps = [made.features[:9]((image.expand(-1, 3, -1, -1) - mean) / std) for image in (x, target)]
+    assert loss(x, target).item() == pytest.approx(F.mse_loss(*maps).item(), rel=1e-4)
+    assert not any(p.requires_grad for p in loss.keywords["layers"].parameters())
+    file.write_bytes(b"torn")
+    with pytest.raises(UserError, match="VGG-16"):
+        fixer.make_perceptual(file, None, "cpu")
+
+
+def test_the_mean_loss_counts_every_pair_once_in_eval_mode(run, exact):
+    data, z = images(5), torch.randn(5, 1, 8, 8).half()
+    G = fixer.Fixer(1, 4)
+    with torch.no_grad():
+        G.body[-1].weight += 0.1
+    fixed = G.eval()(z.float())
+    expected = F.mse_loss(fixed, data.take(slice(None))).item()
+    found = fixer.mean_loss(run, settings(batch=2), F.mse_loss, G.train(), z, data)
+    assert found == pytest.approx(expected, rel=1e-5) and not G.training
+
+
+# --- the two phases ---
+
+
+def phase(run, s=None, chain=noisy, loss=F.mse_loss, epochs=2, **more):
+    given = {"learned": images(8), "held": images(5, "held", 2), "K": 2, **more}
+    return train_phase(run, s or settings(lr=0.01), "g", chain, loss=loss, epochs=epochs, **given)
+
+
+def test_training_by_hand(run, exact):
+    """Two epochs of Adam on shuffled pairs of the second and third draw, in train mode, against the plain loop."""
+    s = settings(lr=0.01, batch=3, refresh=1, mse_epochs=1, patience=9)
+    start = fixer.Fixer(1, 3)
+    with torch.no_grad():
+        start.body[-1].weight.normal_(0, 0.1)
+    before = copy.deepcopy(start)
+    found = phase(run, s, start=start, early=False)
+    assert same(start, before)
+
+    learned, held, G = images(8), images(5, "held", 2), copy.deepcopy(start).train()
+    adam = torch.optim.Adam(G.parameters(), 0.01)
+    losses = []
+    for epoch in (1, 2):
+        z = purified(run, noisy, learned, 2, draw=epoch).float()
+        seen = []
+        for rows in common.shuffled(8, epoch).split(3)[:2]:
+            loss = F.mse_loss(G.train()(z[rows]), learned.take(rows))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            seen.append(loss.item())
+        z_held = purified(run, noisy, held, 2).float()
+        with torch.no_grad():
+            losses.append([sum(seen) / 2, F.mse_loss(G.eval()(z_held), held.take(slice(None))).item()])
+    assert all(torch.allclose(v.float(), found.state_dict()[k].float(), atol=1e-5) for k, v in G.state_dict().items())
+    assert torch.allclose(torch.tensor(found.losses), torch.tensor(losses), rtol=1e-4)
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_weights_of_the_lowest_validation_loss_are_kept(run, monkeypatch, early):
+    """Losses after epochs 1 to 6; patience 2: it ends after epoch 4, and keeps epoch 2."""
+    made_up, after, asked = [4.0, 3.0, 3.5, 3.2, 1.0, 2.0], [], []
+
+    def mean_loss(run, s, loss, G, z, data):
+        after.append(copy.deepcopy(G))
+        asked.append((z, data))
+        return made_up[len(after) - 1]
+    monkeypatch.setattr(fixer, "mean_loss", mean_loss)
+    s = settings(lr=0.01, patience=2, refresh=1)
+    G = phase(run, s, epochs=6, early=early)
+    epochs = 4 if early else 6
+    assert len(after) == epochs and same(G, after[1 if early else 5]) and not same(after[1], after[-1])
+    assert [val for _, val in G.losses] == made_up[:epochs] and not G.training
+    again = phase(run, s, epochs=6, early=early)  # finished, though early
+    assert same(again, G) and again.losses == G.losses and len(after) == epochs
+    held = images(5, "held", 2)
+    z = purified(run, noisy, held, 2)
+    for z_held, data in asked:  # never on pairs that G learned from
+        assert torch.equal(z_held, z) and torch.equal(data.x, held.x)
+
+
+def test_g_learns_to_take_noise_away(run):
+    s = settings(lr=0.003, batch=20, width=0.125, patience=9)
+    data = common.load_images("glyphs")
+    learned = common.Images(data.x[:200], data.y[:200], "pairs")
+    held = common.Images(data.x[200:250], data.y[200:250], "held")
+    G = phase(run, s, epochs=4, learned=learned, held=held, K=1)
+    z = purified(run, noisy, held, 1)
+    before = fixer.mean_loss(run, s, F.mse_loss, nn.Identity(), z, held)
+    assert before == pytest.approx(0.04, rel=0.1)
+    assert fixer.mean_loss(run, s, F.mse_loss, G, z, held) < 0.5 * before
+    norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.running_mean.abs().max() > 0 for m in norms)
+
+
+def test_chains_are_drawn_anew_every_few_epochs_and_phase_two_goes_on_counting(run, monkeypatch):
+    seen = []
+
+    def recorded(run, chain, data, K, draw=0):
+        seen.append((data.name, chain, K, draw))
+        return data.take(slice(None)).half()
+    monkeypatch.setattr(fixer, "purified", recorded)
+    s = settings(refresh=2, mse_epochs=4, patience=9)
+    first = phase(run, s, epochs=4, early=False, K=7)
+    assert [draw for name, _, _, draw in seen if name == "pairs"] == [0, 0, 1, 1]
+    assert {(name, chain, K) for name, chain, K, _ in seen} == {("pairs", noisy, 7), ("held", noisy, 7)}
+    assert {draw for name, _, _, draw in seen if name == "held"} == {0}
+    seen.clear()
+    train_phase(run, s, "h", noisy, images(8), images(5, "held", 2), F.l1_loss, 3, 7, start=first)
+    assert [draw for name, _, _, draw in seen if name == "pairs"] == [2, 2, 3]
+
+
+def test_the_second_phase_starts_from_the_first(run):
+    first = phase(run, early=False)
+    second = train_phase(run, settings(lr=0.0), "h", noisy, images(8), images(5, "held", 2), F.mse_loss, 1, 2,
+                         start=first)
+    for mine, its in zip(second.parameters(), first.parameters()):
+        assert torch.equal(mine, its)
+    fresh = train_phase(run, settings(lr=0.0), "i", noisy, images(8), images(5, "held", 2), F.mse_loss, 1, 2)
+    assert fresh.body[-1].weight.abs().max() == 0  # the identity
+    assert first.body[-1].weight.abs().max() > 0
+
+
+def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "SAVE_SECONDS", -1)
+    s = settings(lr=0.003, refresh=2, patience=9)
+    whole = phase(FakeRun(tmp_path / "whole"), s, epochs=5)
+    step, calls = torch.optim.Adam.step, []
+
+    def dying(self, *a):
+        calls.append(1)
+        if len(calls) == 8:  # the middle of epoch 4
+            raise Killed
+        return step(self, *a)
+    monkeypatch.setattr(torch.optim.Adam, "step", dying)
+    with pytest.raises(Killed):
+        phase(FakeRun(tmp_path / "broken"), s, epochs=5)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    torch.manual_seed(99)
+    broken = phase(FakeRun(tmp_path / "broken"), s, epochs=5)
+    assert same(whole, broken) and whole.losses == broken.losses
+
+
+def test_a_fixer_made_otherwise_is_refused(run):
+    f = common.make_net("small_cnn", 10, (1, 8, 8), 0.25).eval().requires_grad_(False)
+    perceptual = fixer.make_perceptual(None, f, "cpu")
+    phase(run, loss=perceptual, early=False)
+    with torch.no_grad():
+        f.body[0].weight += 0.1
+    for change in ({"loss": perceptual}, {"loss": F.mse_loss}, {"epochs": 3}, {"early": True}, {"K": 3},
+                   {"chain": shifted}, {"learned": images(8, seed=5)}, {"held": images(5, "held", 5)},
+                   {"start": fixer.Fixer(1, 3)}, {"s": settings(lr=0.02)}, {"s": settings(lr=0.01, refresh=3)}):
+        with pytest.raises(UserError, match="g.pt was made with"):
+            phase(run, **{"loss": fixer.make_perceptual(None, copy.deepcopy(f), "cpu"), "early": False, **change})
+
+
+# --- what defends, and what attacks see of G ---
+
+
+def test_one_attack_s_gradient_passes_through_g_and_the_other_does_not(exact):
     f, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(2, 1, 4, 4), torch.tensor([0, 2])
     a = torch.linspace(-2, 3, 16).view(4, 4)
     G = Blend(a, 0.5).requires_grad_(False)
-    z = (a * (x + 0.25) + 0.5).requires_grad_(True)                             # G(T(x))
+    z = (a * (x + 0.25) + 0.5).requires_grad_(True)  # G(T(x))
     slope, = torch.autograd.grad(F.cross_entropy(f(z), y, reduction="sum"), z)
     logits, through = Defence(behind(G, f), 3, shifted).gradient(x, y, 1)
     assert torch.allclose(logits, f(z), atol=1e-5) and torch.allclose(through, a * slope, atol=1e-5)
-    logits, around = Defence(f, 3, Fixed(shifted, G)).gradient(x, y, 1)
+    logits, around = Defence(f, 3, partial(chain_and_fixer, chain=shifted, G=G)).gradient(x, y, 1)
     assert torch.allclose(logits, f(z), atol=1e-5) and torch.allclose(around, slope, atol=1e-5)
 
 
-def test_both_defences_say_the_same_of_the_same_chain(tmp_path):
-    lab = lab_of(tmp_path)
-    G = Blend(0.7, 0.1)
-    one, two = lab.defence(lab.f, G), lab.defence(lab.f, G, around=True)
-    found = []
-    for defence in (one, two):
-        torch.manual_seed(3)
-        found.append(defence.chains(lab.x, 2))
-    assert torch.allclose(*found, atol=1e-3) and one.smooth is not None
-    torch.manual_seed(3)
-    assert not torch.allclose(lab.defence(lab.f).chains(lab.x, 2), found[0], atol=1e-3)
-
-
-def test_g_is_in_eval_mode_wherever_it_defends(tmp_path):
-    lab = lab_of(tmp_path, "--lr", 0.01)
-    G, x = lab.fixer, lab.x
+def test_g_is_in_eval_mode_wherever_it_defends():
+    G, f = fixer.Fixer(1, 4), common.make_net("small_cnn", 10, (1, 28, 28), 0.25)
+    assert not any(m.training for m in behind(G, f).modules())
+    x = torch.rand(4, 1, 28, 28)
     with torch.no_grad():
-        batch = G(x)
-        assert torch.allclose(batch[:1], G(x[:1]), atol=1e-5)                   # not what else is in the batch
-        assert not torch.allclose(copy.deepcopy(G).train()(x), batch, atol=1e-4)
-    fG = behind(G, lab.f)
-    before = copy.deepcopy(fG.state_dict())
-    lab.transferred(fG)
-    lab.attack("a", lab.defence(lab.f, G))
-    lab.attack("b", lab.defence(lab.f, G, around=True))
-    assert not any(m.training for m in fG.modules())
-    assert all(torch.equal(v, before[k]) for k, v in fG.state_dict().items())
-    assert not any(m.training for m in behind(G.train(), lab.f).modules())
-    assert not any(m.training for m in lab.defence(lab.f, G.train(), around=True).sampler.G.modules())
+        G.body[-1].weight += 0.1
+    ends = chain_and_fixer(x, 1, shifted, G)
+    assert not any(m.training for m in G.modules()) and not ends.requires_grad
+    assert torch.allclose(ends[:1], chain_and_fixer(x[:1], 1, shifted, G), atol=1e-2)  # not what else is in the batch
 
 
-def test_an_attack_on_other_networks_is_refused(tmp_path):
-    lab = lab_of(tmp_path)
-    lab.attack("a", lab.defence(lab.f, Blend(0.7)))
-    lab.attack("a", lab.defence(lab.f, Blend(0.7)))
-    for around in (False, True):
-        with pytest.raises(UserError, match="networks"):
-            lab.attack("a", lab.defence(lab.f, Blend(0.8), around=around))
-    lab.attack("b", lab.defence(lab.f, Blend(0.7), around=True))
-    with pytest.raises(UserError, match="networks"):
-        lab.attack("b", lab.defence(lab.f, Blend(0.8), around=True))
-    assert fingerprint(Blend(0.7)) != fingerprint(Blend(0.7001))
+def test_the_same_chains_meet_every_network(run):
+    """And not the same chain again: the draws of a batch differ."""
+    x = torch.rand(4, 1, 8, 8)
+    flat = Defence(nn.Flatten(), 3, noisy)
+    first = fixer.same_chains(run, flat, x, 2)
+    torch.manual_seed(5)
+    second = fixer.same_chains(run, dataclasses.replace(flat, f=nn.Sequential(nn.Identity(), nn.Flatten())), x, 2)
+    assert first.shape == (2, 4, 64) and torch.equal(first, second) and not torch.equal(first[0], first[1])
 
 
-def test_worst_of_these_is_the_and_of_all_attacks_on_the_same_images(tmp_path, monkeypatch):
-    """Four images; each attack breaks another one; naturally wrong ones count as broken for every attack."""
-    records = {"midrun": [[1, 1, 1, 1], [1, 1, 1, 0]], "last-mid-run": [[1, 1, 1, 1], [1, 1, 0, 1]],
-               "around": [[1, 1, 1, 1], [1, 1, 1, 0]], "through-G": [[1, 1, 1, 0], [1, 0, 1, 0]],
-               "last-Fixer": [[1, 1, 1, 1], [0, 1, 1, 1]]}
-    lab, asked = lab_of(tmp_path, "--images", 4), {}
-    lab.phases = ((Blend(1.0), None), (Blend(1.0), None))
-
-    def attack(name, defence, last=0, **changes):
-        asked[name] = (defence, last, changes)
-        return torch.tensor(records.get(name, [[1, 1, 1, 1], [0, 0, 0, 0]]), dtype=torch.bool), None
-    lab.attack = attack
-    transferred = iter(["f", "G"])
-    lab.transferred = lambda net: next(transferred)
-    monkeypatch.setattr(Defence, "predict", lambda self, x, H: lab.y + (torch.arange(4) == 1) * (
-        x == "G" and self.f is lab.f))                                          # breaks image 1 of the mid-run defence
-    rows = fixer.table_5_1(lab)
-    assert rows["natural acc, mid-run"] == 1 and rows["natural acc, + Fixer"] == 0.75
-    assert rows["robust acc, mid-run (BPDA+EOT)"] == rows["robust acc, mid-run (PGD images of G alone)"] == 0.75
-    assert rows["robust acc, mid-run (worst of these)"] == 0.25 and rows["robust acc, + Fixer (worst of these)"] == 0.25
-    assert rows["robust acc, + Fixer (BPDA+EOT around G, T)"] == 0.75
-    assert rows["robust acc, + Fixer (BPDA+EOT through G)"] == 0.5
-    assert rows["robust acc, + Fixer (PGD images of f)"] == 0.75
-    assert isinstance(asked["around"][0].sampler, Fixed) and asked["around"][0].f is lab.f
-    assert asked["through-G"][0].sampler is lab.sampler and isinstance(asked["through-G"][0].f, nn.Sequential)
-    assert asked["last-Fixer"][1:] == asked["last-mid-run"][1:] == (lab.s.last, {"n": lab.s.n_last})
-    assert asked["midrun"][1:] == asked["around"][1:] == asked["through-G"][1:] == (0, {})
+# --- tables and figures ---
 
 
-def test_pgd_of_torchattacks_goes_no_further_than_ours_on_g_and_f(tmp_path, exact):
-    """G and f without chains, so that both attack the same function; from the images, no random start."""
-    torchattacks = pytest.importorskip("torchattacks")
-    lab = lab_of(tmp_path, "--f-iters", 60, "--images", 50, "--natural", 50, "--eps", 0.06, "--step", 0.01, "--n", 20)
-    fG = behind(lab.fixer, lab.f)
-    theirs = torchattacks.PGD(fG, eps=0.06, alpha=0.01, steps=20)(lab.x, lab.y)
-    ours = lab.transferred(fG)
-    held = [(fG(x).argmax(1) == lab.y).sum().item() for x in (lab.x, theirs, ours)]
-    assert (ours - lab.x).abs().max() <= 0.06 + 1e-6
-    assert held[0] >= 10 and held[2] <= held[1] + 1 and held[2] < held[0]
+def fake_attack(monkeypatch, judge):
+    """Replace eot_attack; what it was asked. judge(defence, a) -> (natural, robust) lists of 0 and 1."""
+    asked = []
+
+    def attack(run, defence, x, y, a):
+        asked.append(SimpleNamespace(defence=defence, x=x, y=y, a=a))
+        natural, robust = (torch.tensor(part).bool() for part in judge(defence, a))
+        return Outcome(natural, natural & robust, torch.stack([natural, robust]), x + 0.5, a)
+    monkeypatch.setattr(fixer, "eot_attack", attack)
+    return asked
 
 
-def test_eot_pgd_of_torchattacks_goes_no_further_than_ours_on_the_whole_defence(tmp_path, exact):
-    """Chains that add noise, G, f; theirs sees T as the identity by a straight-through sum, as ours does."""
-    torchattacks = pytest.importorskip("torchattacks")
-    lab = lab_of(tmp_path, "--f-iters", 100, "--images", 40, "--pairs", 100, "--batch", 20, "--eps", 0.1, "--step", 0.025,
-                 "--n", 15, "--h-adv", 4, "--h-def", 16)
-    lab.sampler = Noise(0.1)
-    defence = lab.defence(lab.f, lab.fixer)
+def defences(f=None):
+    """f, G, and the three defences as main makes them."""
+    f = f or nn.Sequential(nn.Flatten(), nn.Linear(4, 10))
+    G = Blend(0.5)
+    midrun = Defence(f, 3, noisy)
+    through = dataclasses.replace(midrun, f=behind(G, f))
+    around = dataclasses.replace(midrun, chain=partial(chain_and_fixer, chain=noisy, G=G))
+    return f, G, midrun, through, around
 
-    class StraightThrough(nn.Module):
+
+def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
+    """Six images; the last is wrong unattacked, each attack breaks another one, PGD images of f and of f behind G too."""
+    f, G, midrun, through, around = defences()
+    s = settings(n=20, n_last=7, last=2, h_def=24)
+    x, y = torch.rand(6, 1, 2, 2), torch.arange(6)
+    natural = [1, 1, 1, 1, 1, 0]
+    broken = [(midrun, 0, 0), (midrun, 2, 1), (through, 0, 0), (around, 0, 1), (through, 2, 2)]
+
+    def judge(defence, a):
+        for other, last, image in broken:
+            if (other.f, other.chain, last) == (defence.f, defence.chain, a.last):
+                return natural, [int(i != image) for i in range(6)]
+        return natural, [0] * 6  # without chains all are broken
+    asked = fake_attack(monkeypatch, judge)
+    transferred, predicted = [], []
+
+    def pgd(net, x_, y_, steps, ball):
+        transferred.append((net, steps, ball))
+        assert torch.equal(x_, x) and torch.equal(y_, y)
+        return x + len(transferred)
+
+    def predict(self, images, H):
+        """PGD images of f break image 3, those of f behind G image 4, for both defences; image 5 is right now."""
+        which = 3 if torch.equal(images, x + 1) else 4
+        assert torch.equal(images, x + (which - 2))
+        predicted.append((self, H))
+        return torch.where(torch.arange(6) == which, -1, y)
+    monkeypatch.setattr(fixer, "pgd", pgd)
+    monkeypatch.setattr(Defence, "predict", predict)
+    found = fixer.table_5_1(run, s, f, midrun, through, around, x, y, ATTACK)
+    rows = rows_of(found)
+    assert [(net, steps, ball) for net, steps, ball in transferred] == [(f, 20, BALL), (through.f, 20, BALL)]
+    assert all(any(d is one for one in (midrun, through)) and H == 24 for d, H in predicted) and len(predicted) == 4
+    for title, worst in (("mid-run", 1), ("Fixer", 0)):
+        assert rows[f"natural acc, {title}"] == pytest.approx(5 / 6)
+        assert rows[f"robust acc, {title}, worst of these"] == pytest.approx(worst / 6)
+        for name in ("PGD images of f", "PGD images of f behind G", "through the last steps"):
+            assert rows[f"robust acc, {title}, {name}"] == pytest.approx(4 / 6)
+    for name in ("mid-run, BPDA+EOT", "Fixer, BPDA+EOT through G", "Fixer, BPDA+EOT around G, T"):
+        assert rows[f"robust acc, {name}"] == pytest.approx(4 / 6)
+    for name in ("f", "f behind G"):
+        assert rows[f"natural acc, {name}, no chains"] == pytest.approx(5 / 6)
+        assert rows[f"robust acc, {name}, no chains"] == 0
+    nets = [call.defence.f for call in asked if call.defence.K == 0]
+    assert nets == [f, through.f] and len(asked) == 7
+    for call in asked:
+        assert torch.equal(call.x, x) and torch.equal(call.y, y)
+        assert call.a == (ATTACK if not call.a.last else ATTACK._replace(N=7, last=2))
+    with_last = [call.defence for call in asked if call.a.last]
+    assert with_last[0] is midrun and with_last[1] is through
+    assert {row["n"] for row in found} == {6} and {row["eps"] for row in found if "robust" in row["quantity"]} == {s.eps}
+
+
+def test_table_5_1_without_a_mistake_of_any_attack_is_no_copy(run, monkeypatch):
+    """Around G and through G are told apart, and each row shows its own attack."""
+    f, G, midrun, through, around = defences()
+
+    def judge(defence, a):
+        if not defence.K:
+            return [1] * 4, [0] * 4
+        shown = 1 if a.last else 3 if defence.chain is not noisy else 2
+        return [1] * 4, [1] * shown + [0] * (4 - shown)
+    fake_attack(monkeypatch, judge)
+    monkeypatch.setattr(fixer, "pgd", lambda *a: torch.zeros(4))
+    monkeypatch.setattr(Defence, "predict", lambda self, x, H: torch.zeros(4).long())
+    rows = rows_of(fixer.table_5_1(run, settings(), f, midrun, through, around, torch.zeros(4), torch.zeros(4), ATTACK))
+    assert rows["robust acc, Fixer, BPDA+EOT through G"] == 0.5 and rows["robust acc, Fixer, BPDA+EOT around G, T"] == 0.75
+    assert rows["robust acc, Fixer, through the last steps"] == rows["robust acc, mid-run, worst of these"] == 0.25
+    assert rows["robust acc, Fixer, PGD images of f"] == 1
+
+
+def test_figure_5_2_compares_fixed_with_purified_images(run):
+    held = images(4, "held")
+    chain = partial(shifted, by=0.5)
+    first, G = Blend(1.0, -0.25), Blend(1.0, -0.4)
+    first.losses, G.losses = [[3.0, 2.0], [1.0, 4.0]], [[5.0, 6.0]]
+    midrun = Defence(None, 3, chain)
+    perceptual = partial(fixer.perceptual_loss, layers=nn.Flatten(), mean=0.5, std=0.5)
+    rows = rows_of(fixer.figure_5_2(run, settings(k=3), midrun, held, perceptual, first, G))
+    assert rows["mse loss, fixed / purified"] == pytest.approx(0.25, rel=0.02)
+    assert rows["perceptual loss, fixed / purified"] == pytest.approx(0.04, rel=0.05)
+    shown = [(row["quantity"], row["epoch"], row["value"]) for row in run.shown["figure5.2-mse"]]
+    assert shown == [("training", 1, 3.0), ("validation", 1, 2.0), ("training", 2, 1.0), ("validation", 2, 4.0)]
+    assert [row["value"] for row in run.shown["figure5.2-perceptual"]] == [5.0, 6.0]
+    assert (run.folder / "held-3-0.pt").exists()
+
+
+def test_figure_5_3_shows_attacked_purified_fixed(run, monkeypatch):
+    """Attacked: + .5, purified: + .25 more, fixed: half of that. f tells large images from small ones."""
+    x, y = torch.full((10, 1, 2, 2), 0.5), torch.tensor([0] * 4 + [1] * 6)
+
+    class Size(nn.Module):
         def forward(self, x):
-            return defence.f(x + (lab.sampler(x, lab.s.k)[0] - x).detach())
-    theirs = torchattacks.EOTPGD(StraightThrough().eval(), eps=0.1, alpha=0.025, steps=15, eot_iter=4)(lab.x, lab.y)
-    record, ours = lab.attack("a", defence)
-    natural, held = (int(lab.right(defence.predict(x, 16), slice(None)).sum()) for x in (lab.x, theirs))
-    assert natural >= 25 and int(record[-1].sum()) <= held + 2 < natural
-    assert (ours - lab.x).abs().max() <= 0.1 + 1e-6
+            mean = x.mean((1, 2, 3))
+            return torch.stack([torch.full_like(mean, 0.8), mean], 1)  # 1 where the mean is above .8
+    f = Size()
+    G = Blend(0.5)
+    through = Defence(behind(G, f), 3, shifted)
+    asked = fake_attack(monkeypatch, lambda defence, a: ([1] * 10, [1] * 10))
+    found = fixer.figure_5_3(run, settings(k=3), f, G, through, x, y, ATTACK)
+    rows = rows_of(found)
+    assert len(asked) == 1 and asked[0].defence is through and asked[0].a == ATTACK and torch.equal(asked[0].x, x)
+    for title, distance, right in (("attacked", 0.5, 0.6), ("purified", 0.75, 0.6), ("fixed", 0.125, 0.4)):
+        assert rows[f"root mean square of {title} - natural"] == pytest.approx(distance, abs=1e-3)
+        assert rows[f"acc of f, {title}"] == pytest.approx(right)
+    shown = run.shown["figure5.3"]
+    assert list(shown) == ["natural", "attacked", "purified", "fixed"] and len(shown["fixed"]) == 8
+    for title, value in (("natural", 0.5), ("attacked", 1.0), ("purified", 1.25), ("fixed", 0.625)):
+        assert torch.allclose(shown[title], torch.tensor(value), atol=1e-2)
 
 
-def test_stronger_attacks_are_those_they_are_called(tmp_path):
-    lab, asked = lab_of(tmp_path, "--n", 5, "--step", 0.04), []
-    lab.phases = ((Blend(1.0), None), (Blend(1.0), None))
-    broken = iter([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3])
+def test_stronger_attacks_are_those_they_are_called(run, monkeypatch):
+    f, G, midrun, through, around = defences()
+    few = torch.rand(5, 1, 2, 2), torch.arange(5)
+    order = []
 
-    def attack(name, defence, last=0, images=0, **changes):
-        kind = "around" if isinstance(defence.sampler, Fixed) else "G" if isinstance(defence.f, nn.Sequential) else "T"
-        asked.append((kind, images, changes))
-        return torch.stack([torch.ones(4), torch.arange(4) != next(broken)]).bool(), None
-    lab.attack = attack
-    rows = fixer.stronger(lab)
-    changes = [{}, {"n": 20}, {"restarts": 3}, {"n": 10, "step": 0.01}]
-    assert asked == [(kind, 4, change) for kind in ("T", "G", "around") for change in changes]
-    assert rows["robust acc, + Fixer, through G (20 steps)"] == 0.75
-    assert rows["robust acc, mid-run (worst of these)"] == 0.75 and rows["robust acc, + Fixer (worst of these)"] == 0.25
-
-
-# --- upper bound ---
-
-
-def test_the_share_of_the_gap_that_is_closed(tmp_path, monkeypatch):
-    """Ten images, f reads nine; two chains each. One chain: 5 purified, 8 fixed, one of them spoiled."""
-    lab, y = SimpleNamespace(), torch.arange(10)
-    lab.s, lab.natural = SimpleNamespace(h_def=2), (torch.zeros(10, 1, 1, 1), y)
-    lab.f, lab.fixer = None, None
-    right = torch.ones(2, 2, 10)                                                # [defence, chain, image]
-    right[0, 0, 5:], right[1, 0, 4], right[1, 0, 9] = 0, 0, 0
-    logits = torch.where(right[..., None] > 0, 1.0, -1.0) * F.one_hot(y, 10)    # wrong: any other class
-    monkeypatch.setattr(fixer, "behind", lambda G, f: None)
-    monkeypatch.setattr(fixer, "same_chains", lambda lab, x, H, nets: dict(zip(nets, logits)))
-    monkeypatch.setattr(fixer, "outputs", lambda f, x: F.one_hot(torch.where(y < 9, y, 0), 10))
-    rows = fixer.upperbound(lab)
-    assert rows["natural acc, f(x)"] == pytest.approx(0.9)
-    assert rows["natural acc, f(T(x)), one chain"] == 0.5
-    assert rows["natural acc, f(G(T(x))), one chain"] == pytest.approx(0.8)
-    assert (rows["repaired, one chain"], rows["spoiled, one chain"]) == (4, 1)
-    assert rows["share of the gap closed, one chain"] == pytest.approx(3 / 4)
-    assert rows["n"] == 10
+    def judge(defence, a):
+        """mid-run: each way breaks image 0; Fixer: through G the second way breaks image 1, around the third image 2."""
+        kind = "mid-run" if defence is midrun else "through" if defence is through else "around"
+        order.append(kind)
+        way = (a.restarts, a.N, a.ball.step)
+        robust = [1] * 5
+        if kind == "mid-run":
+            robust[0] = 0
+        if kind == "through" and way == (1, 80, 0.025):
+            robust[1] = 0
+        if kind == "around" and way == (1, 40, 0.00625):
+            robust[2] = 0
+        return [1] * 5, robust
+    asked = fake_attack(monkeypatch, judge)
+    s = settings(n=20, eps=0.1, step=0.025)
+    found = fixer.stronger(run, s, midrun, through, around, few, ATTACK)
+    rows = rows_of(found)
+    ways = {(call.a.restarts, call.a.N, call.a.ball.step) for call in asked}
+    assert ways == {(3, 20, 0.025), (1, 80, 0.025), (1, 40, 0.00625)} and len(asked) == 9
+    assert {call.a.ball.eps for call in asked} == {0.1} and sorted(order) == ["around"] * 3 + ["mid-run"] * 3 + ["through"] * 3
+    assert all(call.x is few[0] and call.y is few[1] for call in asked)
+    assert [rows[f"robust acc, mid-run, {way}"] for way in ("restarts", "more steps", "small steps", "worst of these")] == [0.8] * 4
+    assert [rows[f"robust acc, Fixer, {way}"] for way in ("restarts", "more steps", "small steps", "worst of these")] == [
+        1, 0.8, 0.8, 0.6]
+    assert {row["quantity"].split(", ")[-1]: row["N"] for row in found if "N" in row} == {
+        "restarts": 20, "more steps": 80, "small steps": 40}
 
 
-def test_networks_are_compared_on_the_very_same_chains(tmp_path):
-    lab = lab_of(tmp_path, "--chunk", 6)
-    found = fixer.same_chains(lab, lab.x, 3, {"a": lab.f, "b": lab.f})
-    assert found["a"].shape == (3, 8, 10) and torch.equal(found["a"], found["b"])
-    assert not torch.equal(found["a"][0], found["a"][1])
+def test_the_share_of_the_gap_that_is_closed(run, monkeypatch):
+    """Ten images, f reads nine; one chain: 5 purified, 8 fixed, one of them spoiled."""
+    x, y = torch.rand(10, 1, 2, 2), torch.arange(10)
+    f, G, midrun, through, around = defences()
+    read = {"f": y.clone(), "before": y.clone(), "after": y.clone()}
+    read["f"][9] = 0
+    read["before"][5:] = 0
+    read["after"][4] = read["after"][9] = 0
+
+    def same_chains(run, defence, x_, H):
+        assert H == 1 and torch.equal(x_, x) and defence in (midrun, through)
+        return F.one_hot(read["before" if defence is midrun else "after"], 10)[None].float()
+
+    def outputs(net, x_):
+        assert net is f and torch.equal(x_, x)
+        return F.one_hot(read["f"], 10)
+    monkeypatch.setattr(fixer, "same_chains", same_chains)
+    monkeypatch.setattr(fixer, "outputs", outputs)
+    rows = rows_of(fixer.upperbound(run, f, midrun, through, x, y))
+    assert rows["natural acc, f(x)"] == pytest.approx(0.9) and rows["natural acc, f(T(x))"] == 0.5
+    assert rows["natural acc, f(G(T(x)))"] == pytest.approx(0.8)
+    assert (rows["repaired by G"], rows["spoiled by G"]) == (pytest.approx(0.4), pytest.approx(0.1))
+    assert rows["share of the gap closed"] == pytest.approx(3 / 4)
+    read["before"] = read["f"]
+    assert "share of the gap closed" not in rows_of(fixer.upperbound(run, f, midrun, through, x, y))
+
+
+def test_networks_are_compared_behind_the_same_chains(run, monkeypatch):
+    """The net of each title is what is judged, on many images unattacked, on few under attack."""
+    y_many = torch.arange(10) % 2
+
+    class Says(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.classes = classes
+
+        def forward(self, x):
+            return F.one_hot(self.classes.repeat(len(x) // 10), 2).float()
+    wrong = y_many.clone()
+    wrong[:3] = 1 - wrong[:3]
+    nets = {"right": Says(y_many), "wrong thrice": Says(wrong)}
+    few = torch.rand(4, 1, 2, 2), torch.zeros(4).long()
+    asked = fake_attack(monkeypatch, lambda defence, a: ([1] * 4, [1, defence.f is nets["right"], 0, 1]))
+    midrun = Defence(None, 3, noisy)
+    rows = rows_of(fixer.compared(run, settings(), midrun, nets, few, torch.rand(10, 1, 2, 2), y_many, ATTACK))
+    assert rows == {"natural acc, right": 1, "robust acc, right": 0.75, "natural acc, wrong thrice": pytest.approx(0.7),
+                    "robust acc, wrong thrice": 0.5}
+    assert all(call.x is few[0] and call.y is few[1] and call.a == ATTACK for call in asked)
+    assert all((call.defence.chain, call.defence.K) == (noisy, 3) for call in asked)
+
+
+def compare(monkeypatch):
+    """Replace compared(); the networks and defences it was given."""
+    given = []
+
+    def compared(run, s, defence, networks, few, x_many, y_many, attack):
+        given.append((defence, networks, few, x_many, y_many, attack))
+        return [{"quantity": title, "value": 0} for title in networks]
+    monkeypatch.setattr(fixer, "compared", compared)
+    return given
+
+
+def test_the_ablation_changes_what_it_says(run, monkeypatch):
+    given, learned = compare(monkeypatch), {}
+    f, first, G = Blend(1.0), Blend(2.0), Blend(3.0)
+
+    def perceptual(x, target):
+        return None
+
+    def learn(name, **how):
+        learned[name] = how
+        how["net"] = Blend(float(len(learned)))
+        return how["net"]
+    s = settings(k=50, mse_epochs=20, perceptual_epochs=60)
+    midrun, few, many = Defence(f, 50, noisy), (1, 2), (3, 4)
+    fixer.ablation(run, s, learn, perceptual, first, G, f, midrun, few, *many, ATTACK)
+    nets = {name: how.pop("net") for name, how in learned.items()}
+    assert learned == {
+        "mse-other": {"loss": F.mse_loss, "epochs": 20, "early": False, "K": 10},
+        "mse-alone": {"loss": F.mse_loss, "epochs": 80},
+        "perceptual-alone": {"loss": perceptual, "epochs": 80},
+        "fixer-other": {"loss": perceptual, "epochs": 60, "K": 10, "start": nets["mse-other"]}}
+    (defence, networks, *rest), = given
+    assert defence is midrun and rest == [few, *many, ATTACK]
+    expected = {"first phase": first, "Fixer": G, "MSE alone": nets["mse-alone"], "perceptual alone": nets["perceptual-alone"],
+                "pairs of another K": nets["fixer-other"]}
+    for title, net in expected.items():
+        assert networks[title][0] is net and networks[title][1] is f and not networks[title].training
+    assert isinstance(networks["no Fixer"][0], nn.Identity) and networks["no Fixer"][1] is f and len(networks) == 6
+
+
+def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
+    given = compare(monkeypatch)
+
+    class Says(nn.Module):
+        def __init__(self, says):
+            super().__init__()
+            self.says = says
+
+        def forward(self, x):
+            return F.one_hot(torch.full((len(x),), self.says), 2).float()
+    f, other, G = Says(0), Says(1), Blend(3.0)
+    midrun = Defence(f, 2, partial(noisy, size=0.1), chunk=7)
+    few, x_many, y_many = (1, 2), torch.rand(400, 1, 4, 4), torch.tensor([1] * 300 + [0] * 100)
+    rows = rows_of(fixer.honesty(run, settings(k=2), f, other, G, midrun, few, x_many, y_many, ATTACK))
+    assert rows["natural acc, unseen, no chains"] == 0.75  # of `other`, not of f
+    (chains, plain, *rest), (noise, under_noise, *same) = given
+    assert chains is midrun and rest[0] is few and rest[1] is x_many and rest[2] is y_many and rest[3] == ATTACK
+    assert same[0] is few and same[1] is x_many and same[3] == ATTACK
+    assert list(under_noise) == [f"{title}, noise for T" for title in plain]
+    for networks in (plain, {title.removesuffix(", noise for T"): net for title, net in under_noise.items()}):
+        assert networks["f, no Fixer"] is f and networks["unseen, no Fixer"] is other
+        for reader, net in (("f", f), ("unseen", other)):
+            assert networks[f"{reader}, Fixer"][0] is G and networks[f"{reader}, Fixer"][1] is net
+    moved = noise.chain(x_many, 2) - x_many  # the size of T(x) - x: two steps of .1, as the fake chain goes
+    assert (noise.K, noise.chunk) == (2, 7) and moved.std().item() == pytest.approx(0.2, rel=0.05)
+    assert abs(moved.mean().item()) < 0.02 and noise.chain.func is fixer.noise
 
 
 # --- the energy of the other script ---
+
+
+def energy_file(out, dataset="glyphs", shape=(1, 28, 28), smoke=True, finished=True, **made):
+    """An untrained energy as lifecycle_midrun.py keeps it."""
+    torch.manual_seed(5)
+    net, width = "light_ebm", 1 / 16
+    V = common.make_net(net, 1, shape, width)
+    folder = out / f"lifecycle_midrun-{dataset}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "energy.pt").unlink(missing_ok=True)
+    run = SimpleNamespace(folder=folder, device=torch.device("cpu"), seed=0, smoke=smoke)
+    made = {"net": net, "width": width, "updates": 2, "temperature": 1e-4, "tau_train": 0.015, "images": "#1", **made}
+    training = Training(run, "energy", made, V=V)
+    saves, Training.SAVE_SECONDS = Training.SAVE_SECONDS, -1
+    for it in training.updates(2):
+        training.log(d=0.0)
+        if it == 2 and not finished:
+            break
+    Training.SAVE_SECONDS = saves
+    return folder / "energy.pt"
 
 
 def ran(monkeypatch, code=0, makes=None):
@@ -540,109 +758,214 @@ def ran(monkeypatch, code=0, makes=None):
     return asked
 
 
-def test_a_missing_energy_is_made_by_a_command(tmp_path, outcome, monkeypatch, capsys):
+def energy_of(tmp_path, *flags):
+    args = fixer.get_args(["--out", tmp_path / "runs", "--device", "cpu", *flags])
+    return fixer.midrun_energy(args, (1, 28, 28))
+
+
+def test_the_energy_is_read_with_its_temperature(tmp_path, monkeypatch):
+    file, asked = energy_file(tmp_path / "runs", temperature=3e-4), ran(monkeypatch)
+    V, made_from = energy_of(tmp_path, "--budget", "smoke")
+    assert not asked and made_from["temperature"] == 3e-4 and not any(p.requires_grad for p in V.parameters())
+    state = torch.load(file, weights_only=True)["V"]
+    assert all(torch.equal(v, state[k]) for k, v in V.state_dict().items())
+
+
+def test_a_missing_energy_is_made_by_a_command(tmp_path, monkeypatch, capsys):
     asked = ran(monkeypatch, makes=lambda: energy_file(tmp_path / "runs"))
-    flags = ("--budget", "smoke", "--out", tmp_path / "runs", "--device", "cpu", "--seed", 7, "--only", "figure5.2")
-    monkeypatch.chdir(tmp_path)
-    args = fixer.get_args([str(flag) for flag in flags])
-    fixer.Lab(args)
-    assert "running python lifecycle_midrun.py" in capsys.readouterr().out
-    (_, script, *rest), = asked
-    assert script.endswith("lifecycle_midrun.py") and rest[:2] == ["--only", "figure3.2"]
+    flags = ("--budget", "smoke", "--seed", 7, "--data-dir", "elsewhere")
+    energy_of(tmp_path, *flags)
+    assert "lifecycle_midrun.py --only figure3.2" in capsys.readouterr().out
+    (python, script, *rest), = asked
+    assert python == fixer.sys.executable and script.endswith("lifecycle_midrun.py") and rest[:2] == ["--only", "figure3.2"]
     told = dict(zip(rest[2::2], rest[3::2]))
-    assert told == {"--dataset": "glyphs", "--budget": "smoke", "--out": str(tmp_path / "runs"), "--data-dir": "data",
+    assert told == {"--dataset": "glyphs", "--budget": "smoke", "--out": str(tmp_path / "runs"), "--data-dir": "elsewhere",
                     "--seed": "7", "--device": "cpu"}
-    fixer.Lab(args)                                                             # it is there now
+    energy_of(tmp_path, *flags)  # it is there now
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("changes", [{"it": 5}, {"made": {"budget": "smoke"}}])
-def test_an_unfinished_energy_or_one_of_a_smoke_run_does_not_do(tmp_path, monkeypatch, changes):
-    energy_file(tmp_path / "runs", **{"made": {"budget": "quick"}} | changes)
-    asked = ran(monkeypatch, makes=lambda: energy_file(tmp_path / "runs", made={"budget": "quick"}))
-    fixer.Lab(fixer.get_args(["--out", str(tmp_path / "runs"), "--device", "cpu"]))
+def test_the_command_is_one_that_the_other_script_knows(tmp_path):
+    import lifecycle_midrun
+    assert "figure3.2" in lifecycle_midrun.EXPERIMENTS
+    for dataset, budget in fixer.SETTINGS:
+        assert lifecycle_midrun.get_args(["--dataset", dataset, "--budget", budget, "--only", "figure3.2", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("how", [{"finished": False, "smoke": False}, {"smoke": True}])
+def test_an_unfinished_energy_or_one_of_a_smoke_run_does_not_do(tmp_path, monkeypatch, how):
+    energy_file(tmp_path / "runs", **how)
+    asked = ran(monkeypatch, makes=lambda: energy_file(tmp_path / "runs", smoke=False))
+    energy_of(tmp_path)
+    assert len(asked) == 1
+    energy_of(tmp_path)
+    energy_of(tmp_path, "--budget", "smoke")  # a smoke run takes a real one too
     assert len(asked) == 1
 
 
 def test_a_failed_command_is_one_line(tmp_path, outcome, monkeypatch):
     ran(monkeypatch, code=2)
     code, err = outcome(fixer, "--budget", "smoke", "--out", tmp_path, "--device", "cpu")
-    assert code == 2 and "exit code 2" in err and "lifecycle_midrun.py" in err and err.count("\n") == 1
+    assert code == 2 and "lifecycle_midrun.py" in err and err.count("\n") == 1
+    ran(monkeypatch)  # says it went well, and made nothing
+    code, err = outcome(fixer, "--budget", "smoke", "--out", tmp_path, "--device", "cpu")
+    assert code == 2 and "energy.pt" in err and err.count("\n") == 1
 
 
 def test_energies_that_cannot_be_used(tmp_path, outcome, monkeypatch):
     asked = ran(monkeypatch)
-    flags = ("--budget", "smoke", "--out", tmp_path / "out", "--device", "cpu")
-    torn = tmp_path / "torn.pt"
+    torn = tmp_path / "torn" / "lifecycle_midrun-glyphs" / "energy.pt"
+    torn.parent.mkdir(parents=True)
     torn.write_bytes(b"torn")
-    foreign = energy_file(tmp_path / "f")                                       # a checkpoint, but of something else
-    state = torch.load(foreign, weights_only=True)
-    state["made_with"].pop("net")
-    torch.save(state, foreign)
-    for file, says in ((torn, "not a checkpoint"), (foreign, "not a checkpoint"), (tmp_path / "none.pt", "no such file"),
-                       (energy_file(tmp_path / "a", shape=(3, 32, 32)), "images (3, 32, 32)"),
-                       (energy_file(tmp_path / "b", it=3), "not finished")):
-        code, err = outcome(fixer, *flags, "--energy", file)
-        assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    foreign = energy_file(tmp_path / "foreign")  # a checkpoint, but of something else
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    energy_file(tmp_path / "shape")
+    torch.save(torch.load(energy_file(tmp_path / "large", "cifar10", (3, 32, 32)), weights_only=True),
+               tmp_path / "shape" / "lifecycle_midrun-glyphs" / "energy.pt")
+    energy_file(tmp_path / "net", net="nothing")
+    for name in ("torn", "foreign", "shape", "net"):
+        code, err = outcome(fixer, "--budget", "smoke", "--out", tmp_path / name, "--device", "cpu")
+        assert code == 2 and "energy.pt" in err and err.count("\n") == 1
+        assert not (tmp_path / name / "fixer-glyphs").exists()
     assert not asked
-    assert outcome(fixer, *flags, "--energy", energy_file(tmp_path / "c"), "--only", "figure5.2")[0] == 0
 
 
-def test_pairs_and_fixer_of_another_energy_are_refused(tmp_path, outcome):
+def test_a_fixer_of_another_energy_is_refused(tmp_path, outcome):
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--only", "figure5.2")
     file = energy_file(tmp_path)
     assert outcome(fixer, *flags) == (0, "")
     state = torch.load(file, weights_only=True)
-    state["V"]["body.0.weight"] += 0.01
+    state["V"]["body.0.weight"] += 0.1
     torch.save(state, file)
     code, err = outcome(fixer, *flags)
-    assert code == 2 and "energy" in err and err.count("\n") == 1
+    assert code == 2 and "made with" in err and err.count("\n") == 1
     assert outcome(fixer, *flags, "--fresh") == (0, "") and file.exists()
+
+
+# --- main: who gets what ---
+
+
+@pytest.fixture
+def wired(tmp_path, monkeypatch):
+    """Run main up to its experiments; what they are given, made when asked for, and what was trained."""
+    def wire(*flags, dataset="glyphs", shape=(1, 28, 28), **made):
+        energy_file(tmp_path, dataset, shape, **made)
+        have, trained = {}, {}
+
+        def experiments(self, registry, **given):
+            have.update(given)
+
+        def train_classifier(run, name, build, **how):
+            trained[name] = {"net": build().eval(), **how}
+            return trained[name]["net"]
+
+        def train_phase(run, s, name, **how):
+            trained[name] = {"net": fixer.Fixer(shape[0], 3).eval(), **how}
+            return trained[name]["net"]
+        monkeypatch.setattr(common.Run, "experiments", experiments)
+        monkeypatch.setattr(common, "train_classifier", train_classifier)
+        monkeypatch.setattr(fixer, "train_phase", train_phase)
+        fixer.main([str(flag) for flag in ("--budget", "smoke", "--dataset", dataset, "--out", tmp_path, "--device", "cpu",
+                                           *flags)])
+        made_things = {}
+        for name, thing in have.items():
+            made_things[name] = thing() if isinstance(thing, common.once) else thing
+        return SimpleNamespace(**made_things), trained
+    return wire
+
+
+def test_the_defences_are_made_of_the_energy_g_and_f(wired):
+    have, trained = wired("--tau", 0.02, "--k", 4, "--last", 3, "--chunk", 9, temperature=3e-4)
+    chain = have.midrun.chain
+    assert chain.func is fixer.langevin and chain.keywords["tau"] == 0.02 and chain.keywords["T"] == 3e-4
+    soft = have.midrun.soft_chain
+    assert soft.func is fixer.soft_langevin and {k: v for k, v in soft.keywords.items() if k != "smooth"} == chain.keywords
+    assert (have.midrun.K, have.midrun.chunk, have.midrun.f) == (4, 9, have.f) and have.f is trained["f"]["net"]
+    G = trained["fixer"]["net"]
+    assert have.G is G and [*have.through.f] == [G, have.f]
+    assert (have.through.chain, have.through.soft_chain, have.through.K) == (chain, soft, 4)
+    assert have.around.f is have.f and have.around.K == 4 and have.around.chain.func is chain_and_fixer
+    assert have.around.chain.keywords == {"chain": chain, "G": G}
+    assert have.other is trained["other"]["net"] and have.other is not have.f
+    assert isinstance(have.other, common.ResNet) and isinstance(have.f, common.SmallCNN)
+
+
+def test_both_phases_are_made_from_the_defence_s_own_chains(wired):
+    have, trained = wired("--k", 4, "--pairs", 50, "--held", 20, "--mse-epochs", 5, "--perceptual-epochs", 6)
+    first, second = trained["mse"], trained["fixer"]
+    assert first["loss"] is F.mse_loss and first["epochs"] == 5 and first["early"] is False and "start" not in first
+    assert second["loss"] is have.perceptual and second["epochs"] == 6 and second["start"] is first["net"]
+    assert "early" not in second and have.first is first["net"]
+    assert have.perceptual.keywords["layers"][0] is have.f.body[0]
+    data = common.load_images("glyphs")
+    for how in (first, second):
+        assert how["chain"] is have.midrun.chain and how["K"] == have.midrun.K == 4
+        assert torch.equal(how["learned"].x, data.x[common.shuffled(10_000, 321)[:50]])
+        assert torch.equal(how["held"].x, data.x[common.shuffled(10_000, 321)[50:70]])  # none of the pairs
+        assert how["held"].name != how["learned"].name
+    assert have.held is first["held"]
+    assert have.learn.keywords == {"chain": have.midrun.chain, "learned": first["learned"], "held": have.held, "K": 4}
+
+
+def test_f_is_the_classifier_that_other_scripts_share(wired):
+    _, trained = wired("--f-iters", 7)
+    f, other = trained["f"], trained["other"]
+    assert f["shared"] and f["iterations"] == other["iterations"] == 7 and f["augment"] == "none" and f["sgd"] == 0
+    assert "shared" not in other and "batch" not in f
+    assert len(f["data"]) == 10_000
+
+
+def test_attacked_and_natural_images_are_of_the_test_split(wired):
+    have, _ = wired("--natural", 30, "--images", 8, "--few", 4, "--eps", 0.3, "--step", 0.1, "--n", 5, "--h-adv", 3, "--h-def", 7)
+    test = common.load_images("glyphs", "test")
+    index = common.shuffled(2000, 123)[:30]
+    assert torch.equal(have.x_many, test.take(index)) and torch.equal(have.y_many, test.y[index])
+    assert torch.equal(have.x, have.x_many[:8]) and torch.equal(have.y, have.y_many[:8])
+    assert torch.equal(have.few[0], have.x[:4]) and torch.equal(have.few[1], have.y[:4])
+    assert have.attack == Attack(LInf(0.3, 0.1), 5, 3, 7)
+
+
+def test_colour_images_are_cropped_and_flipped_for_f(wired, write_npz):
+    have, trained = wired("--data-dir", write_npz("cifar10"), dataset="cifar10", shape=(3, 32, 32))
+    assert trained["f"]["augment"] == trained["other"]["augment"] == "crop_flip" and trained["f"]["sgd"] == 0.1
+    assert isinstance(have.f, common.WideResNet)
 
 
 # --- the script ---
 
 
 def test_smoke_run_of_every_experiment(tmp_path, outcome):
-    """From nothing: the energy is made by the other script, in a process of its own."""
-    code, err = outcome(fixer, "--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--only", *fixer.EXPERIMENTS)
-    assert (code, err) == (0, "")
-    assert (tmp_path / "lifecycle_midrun-glyphs" / "energy.pt").exists()
+    energy_file(tmp_path)
+    flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--f-iters", 30, "--only", *fixer.EXPERIMENTS)
+    assert outcome(fixer, *flags) == (0, "")
     folder = tmp_path / "fixer-glyphs"
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == set(fixer.EXPERIMENTS)
     for name, entry in results.items():
-        for key, value in entry["ours"].items():
-            values = value if isinstance(value, list) else [value]
-            assert all(isinstance(v, str) or math.isfinite(v) for v in values), (name, key)
-            if "acc" in key and not isinstance(value, list):
-                low, high = entry["ours"][f"{key}, 95 %"]
-                assert 0 <= low <= value <= high <= 1
-    ours = results["table5.1"]["ours"]
-    for title, count in (("mid-run", 5), ("+ Fixer", 6)):
-        attacks = [v for k, v in ours.items() if k.startswith(f"robust acc, {title} (") and not k.endswith("95 %")]
-        assert len(attacks) == count and ours[f"robust acc, {title} (worst of these)"] == min(attacks)
-        assert ours[f"natural acc, {title}"] >= max(attacks)
-    assert ours["loss network"] == results["figure5.2"]["ours"]["loss network"] == "small_cnn (f), layer body.8"
-    assert results["table5.1"]["published"] == {}
-    for picture in ("figure5.2", "figure5.3", "ablation"):
-        assert (folder / f"{picture}.png").stat().st_size > 5000
-
-
-def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
-    data = write_npz("cifar10")
-    energy_file(tmp_path, "cifar10", (3, 32, 32))
-    flags = ("--dataset", "cifar10", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
-    assert outcome(fixer, *flags, "--only", *fixer.EXPERIMENTS) == (0, "")
+        assert entry["energy"]["net"] == "light_ebm" and entry["loss_network"] == "f"
+        for row in entry["rows"]:
+            assert math.isfinite(row["value"]), (name, row)
+            if "acc" in row["quantity"]:
+                low, high = row["interval"]
+                assert 0 <= low <= row["value"] <= high <= 1
+    rows = rows_of(results["table5.1"]["rows"])
+    for title, count in (("mid-run", 4), ("Fixer", 5)):
+        attacks = [v for k, v in rows.items() if k.startswith(f"robust acc, {title}, ") and "worst" not in k]
+        assert len(attacks) == count and rows[f"robust acc, {title}, worst of these"] <= min(attacks)
+        assert rows[f"natural acc, {title}"] >= max(attacks)
+    for picture in ("figure5.2-mse", "figure5.2-perceptual", "figure5.3", "ablation"):
+        assert picture == "ablation" or (folder / f"{picture}.png").exists()
+    assert (tmp_path / "shared-glyphs").exists() and list((tmp_path / "shared-glyphs").glob("f-*.pt"))
 
 
 def test_smoke_run_on_a_folder_with_pretrained_networks(tmp_path, outcome, monkeypatch):
     random = np.random.RandomState(0)
-    for split, n in (("train", 14), ("val", 8)):
+    data = tmp_path / "data"
+    for split, n in (("train", 14), ("val", 1000)):
         for i in range(n):
-            file = tmp_path / "data" / "imagenet" / split / f"n0{i % 4}" / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.randint(0, 256, (230, 240, 3), dtype=np.uint8)).save(file)
+            file = data / "imagenet" / split / f"n{i:04}" / "1.png"
+            file.parent.mkdir(parents=True)
+            Image.fromarray(random.randint(0, 256, (9, 8, 3), dtype=np.uint8)).save(file)
     energy_file(tmp_path, "imagenet", (3, 224, 224))
 
     class Tiny(nn.Module):
@@ -654,28 +977,39 @@ def test_smoke_run_on_a_folder_with_pretrained_networks(tmp_path, outcome, monke
         def forward(self, x):
             return self.classifier(self.features(x))
     monkeypatch.setattr(common.torchvision.models, "get_model", lambda name, weights: Tiny())
-    flags = ("--dataset", "imagenet", "--budget", "smoke", "--data-dir", tmp_path / "data", "--out", tmp_path,
-             "--device", "cpu", "--images", 2, "--natural", 2, "--pairs", 4, "--held", 2, "--batch", 2, "--mse-epochs", 1)
+    flags = ("--dataset", "imagenet", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu",
+             "--images", 2, "--natural", 2, "--pairs", 4, "--held", 2, "--batch", 2, "--mse-epochs", 1,
+             "--perceptual-epochs", 1, "--h-def", 2, "--k", 2, "--few", 2)
     code, err = outcome(fixer, *flags)
-    assert code == 2 and common.VGGMaps.FILE in err
-    vgg_file(tmp_path, monkeypatch)
-    for more, says in ((("--loss-net", "f"), "not --loss-net f"), (("--f-iters", 5), "--f-iters 0")):
-        code, err = outcome(fixer, *flags[:-2], *flags[-2:], *more, *(("--budget", "quick") if "5" in str(more) else ()))
-        assert code == 2 and says in err
-    assert outcome(fixer, *flags, "--layer", 4, "--only", "table5.1", "figure5.3") == (0, "")
-    ours = json.loads((tmp_path / "fixer-imagenet" / "results.json").read_text())["table5.1"]
-    assert ours["ours"]["loss network"] == "VGG-16, layer 4" and ours["energy"]["net"] == "biggan_deep"
-    assert set(ours["published"]) <= set(ours["ours"])                          # beside ours in the closing table
+    assert code == 2 and "vgg16-397923af.pth" in err
+    vgg_file(data, monkeypatch)
+    assert outcome(fixer, *flags, "--only", "table5.1", "figure5.3") == (0, "")
+    results = json.loads((tmp_path / "fixer-imagenet" / "results.json").read_text())["table5.1"]
+    assert results["loss_network"] == "VGG-16"
+    for row in common.published("fixer", "imagenet", "table5.1"):  # beside ours in the closing table
+        assert row["quantity"] in rows_of(results["rows"]) or "adversarial training" in row["quantity"]
+    (data / "imagenet" / "val" / "n0999" / "1.png").unlink()
+    code, err = outcome(fixer, *flags)
+    assert code == 2 and "1000" in err
+
+
+def test_labels_of_a_folder_are_ranks_among_all_its_folders(tmp_path):
+    for i in range(12):
+        file = tmp_path / f"n{i:02}" / "1.png"
+        file.parent.mkdir()
+        Image.fromarray(np.full((8, 8, 3), 20 * i, dtype=np.uint8)).save(file)
+    data = common.Pictures(sorted(tmp_path.rglob("*.png")), 8, "imagenet")
+    some = fixer.subset("tested", data, 123, slice(2, 5))
+    assert some.y.tolist() == common.shuffled(12, 123)[2:5].tolist() and some.name == "tested"
+    assert (some.x.float().mean((1, 2, 3)).round() == 20 * some.y).all()
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--eps", "-1"), "at least 0"), (("--tau", "0"), "above 0"), (("--last", "500"), "at most --k"),
-    (("--batch", "1"), "at least 2"), (("--batch", "9", "--pairs", "8"), "at most --pairs"),
-    (("--patience", "0"), "at least 1"), (("--mse-epochs", "0"), "at least 1"),
-    (("--other-net", "small_cnn", "--other-width", "1"), "another architecture"), (("--loss-net", "vgg"), "vgg16, f or auto"), (("--loss-net", "vgg16"), "vgg16-"),
-    (("--f-layer", "body.99"), "no feature maps"), (("--other-net", "nothing"), "unknown network"),
-    (("--pairs", "10000"), "10000 for training"), (("--natural", "2001"), "2000 images"), (("--k", "0"), "at least 1"),
-    (("--dataset", "flowers"), "unknown --dataset"), (("--only", "figure9"), "unknown experiment")])
+    (("--eps", "-1"), "--eps"), (("--eps", "8"), "--eps"), (("--tau", "0"), "--tau"), (("--last", "500"), "--last"),
+    (("--batch", "1"), "--batch"), (("--batch", "9", "--pairs", "8"), "--pairs"), (("--images", "9", "--natural", "8"), "--natural"),
+    (("--patience", "0"), "--patience"), (("--mse-epochs", "0"), "--mse-epochs"), (("--few", "0"), "--few"),
+    (("--f-net", "nothing"), "nothing"), (("--pairs", "10000"), "--pairs"), (("--natural", "2001"), "--natural"),
+    (("--k", "0"), "--k"), (("--dataset", "flowers"), "--dataset"), (("--only", "figure9"), "figure9")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, monkeypatch, flags, says):
     asked = ran(monkeypatch)
     code, err = outcome(fixer, "--budget", "smoke", "--out", tmp_path / "out", "--device", "cpu", *flags)
@@ -684,14 +1018,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, monkeypatch, f
 
 
 def test_settings_are_the_published_ones():
-    s = fixer.SETTINGS["imagenet"]["paper"]
-    assert (s.mse_epochs, s.perceptual_epochs) == (40, 100)                     # sec. 5.2.1
+    s = fixer.SETTINGS["imagenet", "paper"]
+    assert (s.mse_epochs, s.perceptual_epochs) == (40, 100)  # sec. 5.2.1
     assert (s.k, 2 * s.tau, s.h_def, s.h_adv, s.n, s.eps, s.step) == (200, .02, 64, 24, 50, 2 / 255, 1 / 255)
-    assert fixer.PUBLISHED_5_1["imagenet"] == {
-        "natural acc, mid-run": .684, "robust acc, mid-run (BPDA+EOT)": .418, "natural acc, + Fixer": .742,
-        "robust acc, + Fixer (BPDA+EOT around G, T)": .498}
+    c = fixer.SETTINGS["cifar10", "paper"]
+    assert (c.k, 2 * c.tau, c.h_def, c.h_adv, c.n, c.eps, c.step) == (2000, .01, 128, 48, 50, 8 / 255, 2 / 255)
 
 
 def test_the_script_runs_as_a_command(tmp_path):
     done = subprocess.run([fixer.sys.executable, fixer.__file__, "--list"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "table5.1" in done.stdout and "published, imagenet" in done.stdout
+    assert done.returncode == 0 and "table5.1" in done.stdout and "upperbound" in done.stdout

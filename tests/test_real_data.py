@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import at_gen
+import common
 import stochastic_security
 from common import load_images
 
@@ -30,20 +31,24 @@ def test_sizes_and_means_are_the_published_ones(name, shape, train, mean):
 def test_adversarial_auc_rises_on_real_images(tmp_path, name, p0):
     """Thirty updates against five-step attacks: f learns what separates data from attacked p0."""
     real(name)
-    lab = at_gen.Lab(at_gen.get_args([
-        "--dataset", name, "--budget", "smoke", "--p0", p0, "--data-dir", str(DATA), "--out", str(tmp_path),
-        "--device", "cpu", "--k-min", "5", "--k-max", "5", "--iters-per-k", "30", "--batch", "24",
-        "--log-every", "10", "--fd-every", "0"]))
-    _, rows = at_gen.train(lab)
-    assert rows[-1]["auc_adv"] > rows[0]["auc_adv"] + 0.1
+    args = at_gen.get_args(["--dataset", name, "--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--k-min", "5",
+                            "--k-max", "5", "--iters-per-k", "30", "--batch", "24"])
+    data = load_images(name, "train", DATA)
+    away = load_images(p0, "train", DATA, *data.shape[:2])
+    _, rows = at_gen.train_f(common.Run("at_gen", args), args.settings, "f", data, away)
+    first, last = (sum(row["auc_adv"] for row in part) / len(part) for part in (rows[:5], rows[-5:]))
+    assert last > first + 0.1
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
 
 
 def test_pgd_breaks_a_natural_classifier_of_real_digits(tmp_path):
     """What stochastic_security.py starts from: high natural accuracy, none under PGD at eps .2."""
     real("mnist")
-    lab = stochastic_security.Lab(stochastic_security.get_args([
-        "--dataset", "mnist", "--budget", "smoke", "--data-dir", str(DATA), "--out", str(tmp_path), "--device",
-        "cpu", "--f-iters", "120", "--images", "100", "--n", "20"]))
-    right = [(lab.f(x).argmax(1) == lab.y).float().mean().item() for x in (lab.x, lab.transferred)]
+    args = stochastic_security.get_args(["--dataset", "mnist", "--budget", "smoke", "--out", tmp_path, "--device", "cpu"])
+    data, test = (load_images("mnist", split, DATA) for split in ("train", "test"))
+    run = common.Run("stochastic_security", args)
+    f = common.train_classifier(run, "f", lambda: common.make_net("small_cnn", 10, data.shape), data, 120)
+    x, y = test.some(100)
+    attacked = stochastic_security.pgd(f, x, y, 20, stochastic_security.LInf(0.2, 0.05))
+    right = [(f(images).argmax(1) == y).float().mean().item() for images in (x, attacked)]
     assert right[0] > 0.85 and right[1] < 0.2
