@@ -9,13 +9,13 @@ the other images are attacked anew in every update, and the attack aims at d_k i
 is what d_k learns to refuse. The detectors rank images so well that no f is needed: the class of the highest
 logit is the prediction, and the same logit decides whether the image is accepted.
 
-Attacks are PGD (projected gradient descent): steps from the image down the gradient of a loss, each projected
+Attacks are PGD (projected gradient descent): steps down the attacker's own loss (-z_k, not L), each projected
 back into a ball around the image. eps is its radius in l_inf (largest change of a pixel) or l_2 (length).
 
     z_k(x): logit of d_k, HIGH = clean and of class k. Pixels, eps, steps: in [0, 1]. d_1 is that of class 0.
     (3.23)  min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)], L: logistic
-    (3.27)  z_H(x) = (z_1(x), ..., z_K(x)) (3.31), H(x) = argmax_k z_H(x)_k. Integrated detection: k = f(x),
-            accepted if z_H(x)_k >= T. Generative detection: the same with k = H(x).
+    (3.27)  z_H(x) = (z_1(x), ..., z_K(x)) (3.31); its argmax predicts. f(x), H(x) in code: logits. Integrated
+            detection: k = class by f, accepted if z_H(x)_k >= T. Generative detection: k = class by z_H.
     (3.28)  TPR (true positive rate): share of CLEAN images that are accepted, rightly read or not.
     (3.29)  FPR (false positive rate): share of ALL attacked images that are misread AND accepted.
     AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
@@ -29,7 +29,7 @@ Commands (two cores; all numbers: results/adv_detect.md):
 The log: loss of Eq. 3.23, .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
 Differs: the attacker climbs the logit, not the loss: the same maximum, and no vanishing gradient. CIFAR-10's
 network is WRN-34-10 (source: Madry's variant of it); its best weights are chosen on validation images, as
-MNIST's are (code: on test images). The first maximum of (3.34) is over {y, K + 1}, as in the code; over all
+MNIST's are (code: on test images). Eq. 3.34's first maximum is over {y, K + 1} as in the code: over all
 classes the loss is flat once f is fooled. Table 3.6 follows the code. l_inf 8 is 8/255.
 """
 
@@ -74,7 +74,7 @@ class Steps(NamedTuple):
     eps: float
     steps: int
     step: float
-    adam: bool = True  # else signs of gradients (inf), or gradients of length 1 (2)
+    adam: bool = True  # each pixel moves by about `step`; else signs (inf), gradients of length 1 (2)
     def within(self, steps):
         """In this many steps (0: as it is). Fewer l_inf steps are longer; l_2 steps cross the ball anyway."""
         steps = steps or self.steps
@@ -103,7 +103,7 @@ OTHERS = {  # the attacks of figures, of table 3.6, and in the training of the r
         "figure3.2": Steps("inf", 0.3, 100, 0.1),  # norm and eps are the model's
         "figure3.3": Steps("inf", 0.4, 100, 0.01),
         "figure3.6": Steps("2", 15, 60, 0.25, False),
-        "table3.6": Steps("2", 1000, 500, 0.1),
+        "table3.6": Steps("2", 1000, 500, 0.1),  # no ball: its loss weighs the length
         "robust": Steps("inf", 0.3, 40, 0.01, False),
     },
     3: {
@@ -126,7 +126,7 @@ def network(outputs, shape, width, device):
     return net.to(device).eval()
 
 class Detectors(nn.Module):
-    """K networks with one output each, side by side: z_H of Eq. 3.31. Always in eval mode."""
+    """K networks with one output each, run as one with K groups of channels: z_H (3.31). In eval mode."""
     def __init__(self, nets):
         super().__init__()
         self.K, self.nets = len(nets), common.side_by_side(nets)
@@ -199,7 +199,7 @@ def detector_loss(x, f, H, y):
     return -best_other(H(x), y)
 
 def combined_loss(x, f, H, y):
-    """Eq. 3.33 and 3.34; the first maximum is over {y, K + 1}, where class K + 1 means "attacked"."""
+    """Eq. 3.34: f has a class K + 1, "attacked", of logit (3.33); a wrong class must beat both it and y."""
     z_f = f(x)
     attacked = (1 - best_other(H(x), y)) * z_f.amax(1)
     return torch.maximum(own_logit(z_f, y), attacked) - best_other(z_f, y)

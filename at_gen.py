@@ -15,23 +15,23 @@ each attack is a short chain of steps from a fresh image of p0.
 
     (2.8)   x_{i+1} = x_i + step * g / ||g||_2,  g = grad_x f(x_i),  then clamped to [0, 1]    (unbounded PGD)
     (2.7)   the same, projected onto the ball of radius eps around x_0                         (finite --eps)
-    (2.11)  J(D) = E_data[log D(x)] + E_p0[log(1 - D(x_K))]                                    (maximised)
-    (2.18)  dJ = E_data[(1 - D) df] - E_p0[D df]. An energy-based model (EBM) has Eq. 2.2, the same without
-            the factors 1 - D and D, which vanish where D is sure: AT is the stable one.
+    (2.11)  J(D) = E_data[log D(x)] + E_p0[log(1 - D(x_K))], x_K: x_0 of p0 after K steps      (maximised)
+    (2.18)  dJ = E_data[(1 - D) df] - E_p0[D df], d by the weights. An energy-based model (EBM) has it without
+            the factors 1 - D and D (Eq. 2.2), which vanish where D is sure: there AT stops pushing.
     Prop. 1 At the optimum J = -log 4, D = 1/2 on the support of the data, and at most 1/2 elsewhere.
     Alg. 3  For K = 0, 1, ..., N: some updates against attacks of K steps, with one optimiser throughout.
             Alg. 1 is the same with one fixed K.
-    R1      The loss has a penalty gamma/2 E_data ||grad_x f(x)||^2 beside the MEAN of its 2m cross-entropies.
+    R1      Minimised is -J/2, the mean of 2m cross-entropies, + gamma/2 E_data ||grad_x f(x)||^2; m: --batch.
 
 Commands (two cores; all numbers: results/at_gen.md):
-    python at_gen.py                          6 min: FD-cls 13 of samples, 133 of p0, 1.5 of real digits
+    python at_gen.py                          7 min: FD-cls (distance to the data) 16; p0 133, held-out 1.5
     python at_gen.py --dataset mnist          10 min: 11, 57 and 1.5
     python at_gen.py --only figure2.5         9 min more: progressive K against fixed K
     python at_gen.py --dataset cifar10        a GPU; --budget paper: settings of Tab. 2.3, 2.4 (FID 13.2)
 
 The log. loss starts at log 2 = .693, falls while K is small, then climbs back towards log 2, its value at the
 optimum. f_data and f_adv, mean logits of data and of attacked p0, come together. auc_adv, their AUROC, sinks
-towards 1/2: the attack now makes what f takes for data. moved: way of an attack over K * step; it falls as f
+towards 1/2: f can't tell the two apart. moved: distance from x_0 to x_K over K * step; it falls as f
 gets maxima within reach. r1: the penalty over gamma. attack_steps: all steps of attacks so far. fd, in every
 second line: Frechet distance of 500 samples to the training images.
 
@@ -64,7 +64,7 @@ SETTINGS = common.settings(
              "cifar10-paper", "celebahq-paper", "afhq_cat-paper", "lsun_church-paper"),
     smoke=dict(width=0.125, batch=4, k_max=2, iters_per_k=2, sample_steps=2, images=24, reference=64,
                cls_width=0.125, cls_iters=3),
-    # the model
+    # a setting: a value for each column, or one for all; then what it is. The model
     net=("plain", "plain", "resnet18", "resblock_d", "resnet50", "resblock_d", "resblock_d", "resblock_d",
          "the body of f: plain, resnet18, resnet50, resblock_d (Tab. 2.2), mnist_cnn"),
     width=(0.5, 0.5, 0.5, 1, 1, 1, 1, 1, "multiplies the channels of all but resblock_d"),
@@ -200,7 +200,7 @@ def at_loss(f_data, f_adv):
     return (F.softplus(-f_data).mean() + F.softplus(f_adv).mean()) / 2
 
 def ebm_loss(f_data, f_adv):
-    """The maximum-likelihood gradient of Eq. 2.2 with the same attack as sampler: unbounded (2.5.6)."""
+    """A loss with the gradient of the EBM's -log-likelihood (2.2). No lower bound: section 2.5.6."""
     return f_adv.mean() - f_data.mean()
 
 def r1_penalty(f_data, x):
@@ -571,6 +571,7 @@ def main(argv=None):
         held_out = select(test, torch.arange(min(s.images, len(test))))
     run = common.Run("at_gen", args, p0=s.p0)
 
+    # once: made when an experiment first names it as an argument, which then gets what was made
     distance = once(lambda: make_distance(run, s, data, reference))
     measure = once(lambda: None)
     if labelled or common.weights_at_hand(common.InceptionFeatures.FILE, args.data_dir):

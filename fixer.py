@@ -14,7 +14,7 @@ classifier stay as they are, and G never sees an attacked image.
     Pixels in [0, 1] everywhere; networks scale inside. Neither chains nor G's output are ever clamped.
 
     (2.3)  A step of a chain: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
-    (5.1)  F(x) = E[f(G(T(x)))].  (5.2) F_H: mean logits of H chains.  (5.3) Phase 1: |G(T(x)) - x|^2
+    (5.1)  F(x) = E[f(G(T(x)))].  (5.2) F_H: mean logits of H chains.  (5.3) Phase 1: |G(T(x)) - x|^2, mean
     (5.4)  Phase 2, perceptual: |phi_j(G(T(x))) - phi_j(x)|^2 / (C_j H_j W_j). phi_j is a layer of the loss
            network: two images count as alike where that network sees the same in them.
 
@@ -22,21 +22,21 @@ Pairs (T(x), x) are made with exactly the chains of the defence, kept in files, 
 epochs. Phase 2 keeps the weights of the lowest validation loss, on pairs that G never saw.
 Attacks are PGD (projected gradient descent: steps up the loss, back into a ball around the image). EOT
 (expectation over transformation) averages the gradient over chains. BPDA (backward pass differentiable
-approximation) takes the identity for the derivative of what has none. The source's attack goes around G and
-T, as if both were the identity. G has a derivative, so a second attack goes through G, and a third one also
-through the last steps of the chain. All meet the same images, and the lowest number is the result.
+approximation) takes the identity for the derivative of T, and in the source for that of G as well ("around
+G, T"). A second attack goes through G, a third one also through the last steps of the chain, with a smooth
+stand-in for V. All meet the same images; an image counts only if it survives all of them.
 
 Commands (two cores; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .61, with the Fixer .94
     python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
     python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
-lifecycle_midrun.py is run first where the same --out holds no energy of it. The log: train is the phase's
-loss while G changes, val its loss after the epoch on pairs that G never saw.
+The energy is the mid-run energy of lifecycle_midrun.py, which is run first where --out holds none; "mid-run"
+is the defence without G. The log: train is a phase's loss, val that after the epoch on pairs G never saw.
 
 Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or, without
 its weights (vgg16-397923af.pth in --data-dir), a layer of f. Naturally wrong images count as broken. Glyphs
-and MNIST are not in the source; their tau is four times the energy's own, as cooler chains spoil nothing.
+and MNIST are not in the source; their tau is four times the energy's own: smaller steps spoil nothing.
 """
 
 import copy
@@ -80,7 +80,7 @@ SETTINGS = common.settings(
     patience=(5, 5, 6, 10, 10, 10, "epochs without a lower validation loss"),
     lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, "rate of Adam"),
     batch=(50, 50, 64, 16, 64, 16, "pairs in an update"),
-    # the defence and its attack: Alg. 3
+    # the defence and its attack
     tau=(0.06, 0.06, 0.005, 0.01, 0.005, 0.01, "noise of a Langevin step; half the source's"),
     k=(50, 50, 200, 200, 2000, 200, "K: Langevin steps of the defence and of the pairs"),
     h_def=(24, 24, 25, 64, 128, 64, "chains of a verdict"),
@@ -249,7 +249,7 @@ def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None,
     best.losses = losses
     return best
 
-# --- attacks on a classifier, and on the defended one: Algorithms 1 and 3 -----------------------------------
+# --- attacks on a classifier, and on the defended one -------------------------------------------------------
 
 class LInf(NamedTuple):
     """The l_inf ball around an image, in which an attack moves; eps and step in [0, 1] units."""
@@ -291,7 +291,7 @@ def stay(x, steps):
 
 @dataclass
 class Defence:
-    """F_H of Eq. 2.5: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
+    """F_H of Eq. 5.2: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
     f: nn.Module
     K: int = 0
     chain: object = stay  # chain(x, steps): ends of chains
@@ -315,11 +315,11 @@ class Defence:
         return torch.cat(parts, 1)
 
     def predict(self, x, H):
-        """Eq. 2.6 with H fresh chains -> classes [B]."""
+        """The class of the largest F_H, with H fresh chains -> [B]."""
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 2.10: F_H [B, classes], and the gradient of its loss, averaged over the chains [B, C, S, S].
+        """BPDA+EOT: F_H [B, classes], and the gradient of its loss, averaged over the chains [B, C, S, S].
 
         last = 0: BPDA, the identity for T. Else back through the last steps of the chain.
         """
@@ -345,7 +345,7 @@ class Defence:
         return prediction == y
 
 class Attack(NamedTuple):
-    """Settings of Algorithm 1. last: as in Defence.gradient."""
+    """Settings of an attack. last: as in Defence.gradient."""
     ball: object
     N: int
     H_adv: int
@@ -363,7 +363,7 @@ class Outcome(NamedTuple):
 
 @seeded
 def eot_attack(run, defence, x0, y, a):
-    """Algorithm 1 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
+    """The attack (as in ch. 2) on images x0 [n, C, S, S], labels y -> Outcome. Can be interrupted."""
     x, evaluations = x0.clone(), a.restarts * (a.N + 1)
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
     made_from = {

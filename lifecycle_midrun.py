@@ -14,16 +14,16 @@ image takes its place. No label is needed: one energy defends any network that s
     Pixels in [0, 1] everywhere; networks scale inside. The source's tau is for [-1, 1]: halve it.
     (2.2)   dL = E_data[dU(x)] - E_chains[dU(x)]: pull the energy of data down, push that of chains up
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
-    Alg. 4  A batch of the bank takes K steps of (2.3), the energy an update, and the states go back. Each is
-            replaced with probability p = K / K_def. Ages follow the geometric law p (1 - p)^visits. The rate
-            falls to a tenth four times, so that a nearly constant energy meets chains of every age.
+    Alg. 4  A batch of the bank takes K = k_train steps (2.3), V an update, and the states go back. Each dies
+            with probability p: a life of K / p steps, here 2 to 10 times K_def. Ages follow the geometric law
+            p (1 - p)^visits. The rate falls to a tenth four times: chains of all ages meet one energy.
     (3.1)   F(x) = E[f(T(x))], T(x): K_def steps from x.  (3.2) F_H: mean logits of H chains.
     (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): the loss is that of
             F_H. BPDA (backward pass differentiable approximation): T counts as the identity.
     Alg. 3  PGD (projected gradient descent: steps up the loss, back into the ball) with that gradient. N + 1
             evaluations by H_adv chains. What looks broken is judged again by H_def fresh chains.
-    3.2.4   x <- x + eta^2/2 S(x) + eta z: chains of a score S = grad log q, learned without chains
-    (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (printed with FP x FN)
+    3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
+    (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (misprinted in the source)
     (4.3)   A segmentation is right if Dice(attacked and purified) is at least half of Dice(clean).
 
 Commands (two cores; more numbers in results/):
@@ -32,11 +32,11 @@ Commands (two cores; more numbers in results/):
     python lifecycle_midrun.py --dataset cifar10  a GPU; --budget paper: the published settings
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which an update moved
 its chains (noise alone: tau sqrt(K)). age: mean of the bank, in steps. The score's loss starts at 1.
-Differs: fresh states are data, the published code's second setting for CIFAR-10 (Tab. 3.1: images of a GAN).
+Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
 They come after the update (code: before). K_def = 2000 as the code (text: 1500). Short- and long-run energies
-are Alg. 4 with p = 1/2, p / 20. ImageNet: an SNGAN's energy as in ch. 4 (code: BigGAN's), centre crops, and
-mean logits (code: softmax outputs, a weaker attack). Masks name the digit of ink (source: pets). Offline,
-symbols are the flowers.
+are Alg. 4 with p = 1/2 and smaller steps, with p / 20 and twice the updates. ImageNet: an SNGAN's energy as
+in ch. 4 (code: BigGAN's), centre crops, mean logits (code: softmax outputs, a weaker attack). Masks name the
+digit of ink (source: pets). Offline, symbols stand in for flowers.
 """
 
 from dataclasses import dataclass, replace
@@ -78,14 +78,14 @@ SETTINGS = common.settings(
     n=(20, 20, 20, 50, 50, "N: steps of the attack"),
     eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, "l_inf radius of the attack"),
     step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
-    last=(5, 5, 5, 10, 10, "steps that the second attack goes back through"),
+    last=(5, 5, 5, 10, 10, "last steps of the chain that a second attack differentiates"),
     n_last=(6, 6, 10, 50, 50, "N of that attack"),
     images=(100, 100, 200, 5000, 10_000, "test images under attack"),
     few=(50, 50, 100, 125, 125, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "data set of table 4.1"),
     u_iters=(1000, 1000, 3000, 50_000, 50_000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )
-BETA = 20.0  # sharpness of the smooth stand-in for ReLU and leaky ReLU
+BETA = 20.0  # sharpness of a smooth stand-in for (leaky) ReLU, whose second derivative is 0
 SIGMA = 0.01  # noise that the score network takes off, [0, 1] pixels
 ETA = SIGMA / 2  # noise of a step of its chains
 
@@ -267,7 +267,7 @@ def stay(x, steps):
 
 @dataclass
 class Defence:
-    """F_H of Eq. 2.5: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
+    """F_H of Eq. 3.2: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
     f: nn.Module
     K: int = 0
     chain: object = stay  # chain(x, steps): ends of chains
@@ -291,11 +291,11 @@ class Defence:
         return torch.cat(parts, 1)
 
     def predict(self, x, H):
-        """Eq. 2.6 with H fresh chains -> classes [B]."""
+        """argmax F_H with H fresh chains -> classes [B]."""
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 2.10: F_H [B, classes], and the gradient of its loss, averaged over chains; last = 0: BPDA."""
+        """Eq. 3.3: F_H [B, classes], and the gradient of its loss, averaged over chains; last = 0: BPDA."""
         H = H if self.K else 1
         logits, gradients = [], []
         few = max(self.chunk // H, 1)
@@ -318,7 +318,7 @@ class Defence:
         return prediction == y
 
 class Attack(NamedTuple):
-    """Settings of Algorithm 1. last: as in Defence.gradient."""
+    """Settings of Algorithm 3. last: as in Defence.gradient."""
     ball: object
     N: int
     H_adv: int
@@ -330,15 +330,13 @@ class Outcome(NamedTuple):
     """Of an attack on n images."""
     natural: torch.Tensor  # bool [n]: right before it
     robust: torch.Tensor  # bool [n]: right after it
-    record: (
-        torch.Tensor
-    )  # bool [1 + restarts (N + 1), n], row t: right up to the t-th evaluation
+    record: torch.Tensor  # bool [1 + restarts (N + 1), n], row t: right up to the t-th evaluation
     x: torch.Tensor  # what broke an image, else the last one tried; itself where it is wrong
     attack: Attack
 
 @seeded
 def eot_attack(run, defence, x0, y, a):
-    """Algorithm 1 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
+    """Algorithm 3 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
     x, evaluations = x0.clone(), a.restarts * (a.N + 1)
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
     made_from = {
@@ -415,7 +413,7 @@ def segmentation_task(run, task):
     return Task(task.defence, task.x[kept], torch.stack([mask, clean], 1)[kept])
 
 def digits_among(args, others, split):
-    """Digits among quarters of letters (grey) or on images of `others` (colour); y: masks uint8 [N, S, S]."""
+    """Digits over letters moved into the corners, or (colour) over `others`; y: masks uint8 [N, S, S]."""
     channels, side, _ = others.shape
     g = torch.Generator().manual_seed(5 if split == "train" else 6)
     digits = load(args, args.dataset if channels == 1 else "glyphs", split, 1, side)
@@ -570,7 +568,8 @@ def figure_3_3(run, s, task, attack):
 
 def figure_3_4(run, s, task, attack, score):
     """The same of the score network's chains, and what becomes of images in them."""
-    chain, factors = partial(score_chain, net=score), (1 / 30, 1 / 10, 1 / 3, 1)
+    chain = partial(score_chain, net=score)
+    factors = 1 / 30, 1 / 10, 1 / 3, 1
     return against_steps(run, s, task, attack, "figure3.4", factors, chain, ETA)
 
 EXPERIMENTS = common.experiments(
@@ -605,7 +604,8 @@ def main(argv=None):
     args = get_args(argv)
     s, name = args.settings, args.dataset
     side = 224 if name == "imagenet" else None
-    data, test = load(args, name, "train", None, side), load(args, name, "test", None, side)
+    data = load(args, name, "train", None, side)
+    test = load(args, name, "test", None, side)
     if s.images > len(test) or s.batch > len(data):
         raise UserError(
             f"--images, --batch: {name} has {len(test)} images to test, {len(data)} to train"

@@ -12,34 +12,33 @@ the defended classifier is an expectation, and an attack on it, or a verdict abo
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
     Pixels in [0, 1] everywhere; networks scale to [-1, 1] inside. The source's tau is for [-1, 1]: halve it.
 
-    (2.2)   dL = E_data[dU(x)] - E_chains[dU(x)]: pull the energy of data down, push that of chains up
+    (2.2)   dL/dw = E_data[dU/dw] - E_chains[dU/dw] for weights w: the energy of data down, of chains up
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
     Alg. 2  The chains' states live in a bank, which begins as uniform noise and is never restarted. Adam
             comes first (short chains become realistic), then SGD (long ones do: the energy converges).
-    (2.4)   F(x) = E[f(T(x))], T(x): K steps of (2.3) from x.  (2.5) F_H: mean logits of H chains.
-            (2.6) The prediction is argmax F_H(x).
+    (2.4)   F(x) = E[f(T(x))]. T(x), not to be confused with the temperature: where K steps (2.3) from x end.
+            (2.5) F_H: mean logits of H chains.  (2.6) The prediction is argmax F_H(x).
     (2.10)  BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): the loss is that of
-            F_H. BPDA (backward pass differentiable approximation): T counts as the identity.
-    Alg. 1  PGD (projected gradient descent: steps up the loss, back into the ball) with that gradient. N + 1
-            evaluations by H_adv chains. What looks broken is judged again by H_def fresh chains. Broken
-            stays broken, naturally wrong counts as broken, and an image has to survive every restart.
-    (2.12)  Maximal Lyapunov exponent: mean log growth, a step, of the distance of two chains of equal noise.
+            F_H. BPDA (backward pass differentiable approximation): T(x) counts as x.
+    Alg. 1  PGD (projected gradient descent): N steps up the loss, each cut back to within eps of the image
+            (the ball). N + 1 evaluations by H_adv chains; an image that F_H misreads is judged again by H_def
+            fresh chains, and then broken for good. A naturally misread one is broken. Restarts add breaks.
+    (2.12)  Lyapunov exponent: mean log growth a step of the gap of two chains with the same z; > 0: chaos.
 
-V is piecewise linear (leaky ReLU): the exact derivative of one chain is the identity, as BPDA has it. A
-second attack goes back through the last steps of the chain with a smooth stand-in for V.
+V is piecewise linear (leaky ReLU), so grad V is constant near a state, and the derivative of one chain is the
+identity, as BPDA has it. A second attack goes back through the last steps with a smooth stand-in for V.
 
 Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py                     6 min: robust accuracy .03 without, .84 with the defence
     python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2
     python stochastic_security.py --dataset cifar10   a GPU; --budget paper: all settings of Alg. 1 and 2
 
-The log. d: energy of data minus that of chains, near 0 when all is well. drift: the gradient's part of a step
-over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
+The log. d: energy of data minus that of chains; it hovers near 0, and does not fall. drift: the gradient's
+part of a step over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
 
-Differs: J and the switch follow Alg. 2 (published code: 250,000 and 125,000). Broken images leave the batch.
-AT trains on attacks in eval mode (source: train mode). SVHN's rates drop at 40 % (source: 20 %) and 60 %.
+Differs: J and the switch follow Alg. 2 (published code: 250,000, 125,000). Broken images leave the batch. AT,
+adversarial training, attacks in eval mode (source: train mode). SVHN's rates drop at 40 (not 20) and 60 %.
 """
-
 import math
 import time
 from dataclasses import dataclass, replace
@@ -54,7 +53,7 @@ import common
 from common import Training, UserError, by_parts, fast_precision, follow, frozen_copy, input_gradient, once
 from common import rate, repeat, seeded, value
 
-# --- settings -----------------------------------------------------------------------------------------------
+# --- settings: a value for each column, or one for all of them; then what it is -----------------------------
 
 SETTINGS = common.settings(
     columns=("glyphs symbols", "mnist", "cifar10 cifar100", "svhn", "cifar10-paper cifar100-paper",
@@ -413,7 +412,8 @@ def table_2_2(run, s, f, f_at, defence, x, y, attack, transferred, bpda):
 def figure_2_2(run, s, data, ebm, adam_ebm):
     """Short-run states (from noise) and long-run ones (from data) of the convergent energy and of Adam's."""
     images = data.take(slice(0, 8))
-    short, long = max(s.k_train, 400), 200 * s.k_train
+    short = max(s.k_train, 400)
+    long = 200 * s.k_train
     pictures, rows = {"data": images}, []
     for title, V in (("convergent", ebm), ("non-convergent", adam_ebm)):
         chain = partial(langevin, V=frozen_copy(V), tau=s.tau, T=s.temperature)
@@ -438,8 +438,9 @@ def figure_2_3(run, s, defence, y, bpda):
         chains = defence.logits(bpda.x[i : i + 1], 30 * s.h_def)[:, 0]  # [30 H_def, classes]
         margins = {}
         for H in (1, s.h_adv, s.h_def):
-            F_H = torch.stack([group.mean(0) for group in chains.split(H)])
-            above = margin(F_H, y[i].expand(len(F_H)))
+            whole = len(chains) // H * H
+            groups = chains[:whole].unflatten(0, (-1, H))  # of H chains each
+            above = margin(groups.mean(1), y[i].expand(len(groups)))
             margins[f"H = {H}"] = above
             rows.append(rate(f"wrong F_H, {name} image", above < 0, H=H))
         panels[f"{name} image: logit of its class - largest other"] = margins
@@ -494,16 +495,15 @@ def figure_2_6(run, s, ebm, x, transferred, bpda):
         U[name] = ebm(images)[:, 0] / s.temperature
         rows.append(value(f"mean U, {name}", U[name].mean().item()))
         rows.append(rate(f"U above the natural image's, {name}", U[name] > U["natural"]))
-    run.histograms(
-        "figure2.6", {"energy U": U, "less noise": {name: U[name] for name in list(sets)[:4]}}
-    )
+    near = {name: U[name] for name in list(sets)[:4]}
+    run.histograms("figure2.6", {"energy U": U, "energy U, without noise": near})
     return rows
 
 def figure_2_7(run, s, ebm, x):
     """Maximal Lyapunov exponent against the noise eta, for several distances d0, and steady-state samples."""
     V = frozen_copy(ebm, fast=False)
     rows, pictures = [], {}
-    for eta in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0):
+    for eta in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
         settled = langevin(
             x[:16], 10 * s.k, V, eta * s.tau, eta**2 * s.temperature
         )  # the same drift
@@ -554,14 +554,15 @@ def figure_2_10(run, s, x):
         V_fast, seconds = frozen_copy(V, fast), []
         for _ in range(4):  # the first one warms up
             start = time.time()
-            langevin(
-                x, steps, V_fast, s.tau, s.temperature
-            ).sum().item()  # waits for the device
+            end = langevin(x, steps, V_fast, s.tau, s.temperature)
+            end.sum().item()  # waits for the device
             seconds.append(time.time() - start)
         speeds.append(size * steps / min(seconds[1:]))
         rows.append(value(f"images x steps / s, {title}", speeds[-1], batch=size))
     rows.append(value("fast path / plain float32", speeds[1] / speeds[0]))
-    return rows + [value("seconds for a batch of long chains", 150_000 / speeds[1], batch=100, steps=1500)]
+    seconds = 150_000 / speeds[1]
+    rows.append(value("seconds for a batch of long chains", seconds, batch=100, steps=1500))
+    return rows
 
 def precision(run, s, f, ebm, x, y, attack):
     """The same attack on the same images with chains in bfloat16 (where there are units) and in float32."""
@@ -628,7 +629,7 @@ def main(argv=None):
     transferred = once(lambda: pgd(f(), x, y, s.n, ball))
     bpda = once(lambda: eot_attack(run, defence(), x, y, attack))
     features = once(lambda: common.feature_network(data, args.data_dir, f))
-    run.experiments(
+    run.experiments(  # gives each experiment the arguments that it names; a `once` is made when first needed
         EXPERIMENTS,
         data=data,
         x=x,

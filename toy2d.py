@@ -5,23 +5,23 @@ Source: Yin 2022, "Generative Modeling With Adversarial Training", figures 2.1 a
 Points in the plane [-2, 2]^2 take the place of images. A small network f gives each point a number, and the
 classifier is D = sigmoid(f). Data are blue. Points of another distribution, p0, are red, and so is what
 becomes of them when they walk up f: that is the attack (PGD, projected gradient descent; here it needs no
-projection). Two players share one pay-off
+projection); p_T is where they end. D wants this pay-off high; the attack, which picks p_T, wants it low:
 
     U(D, p_T) = E_data[log D(x)] + E_{p_T}[log(1 - D(x))]                                     (2.12)
 
-and it matters who moves first.
+The outer player commits itself, the inner one answers in full: there lies the difference.
 
     Algorithm 1, max_D min_{p_T} U: adversarial training (AT). Draw x from data and x_0 from p0. Move x_0 by K
     steps
         x <- x + step * g / ||g||,  g = grad f(x)                                             (2.8)
-    and take one optimiser step on D. Fresh x_0 the next time. Proposition 1: U = -log 4 = -1.386, D = 1/2 on
-    the support of the data, at most 1/2 elsewhere. What p0 never reaches is never pressed down: fig. 2.1.
+    and take one optimiser step on D. Fresh x_0 the next time. Proposition 1: at the optimum U = -log 4 = -1.386
+    and D = 1/2 on the data, at most 1/2 elsewhere. What p0 never reaches is never pressed down: fig. 2.1.
     Algorithm 2, min_{p_T} max_D U: the game of a GAN (generative adversarial network). Data x and particles
     x* are fixed sets. Train D to convergence, then move every particle ONE step of (2.8), and keep it there.
     The particles become the data; D means nothing elsewhere: fig. 2.2.
 
-An energy-based model (EBM) takes f for the logarithm of a density. Its objective (2.2) lacks the sigmoids of
-(2.12), and its sampler, Langevin dynamics, adds noise to each step. A chain is a row of such steps.
+An energy-based model (EBM) takes f for the logarithm of a density, up to a constant. It climbs (2.2),
+E_data[f] - E_chains[f], without sigmoids. Chains are rows of Langevin steps, gradient plus noise:
         x <- x + lambda/2 grad f(x) + N(0, lambda)                                            (2.3)
 
     f(x) logit, HIGH = in-distribution. The plane has no [0, 1] range and nothing is clamped.
@@ -29,15 +29,15 @@ An energy-based model (EBM) takes f for the logarithm of a density. Its objectiv
 Commands (one core is enough; all numbers: results/toy2d.md):
     python toy2d.py                      40 s: figures 2.1 and 2.2; D = .51 and .49 on the data
     python toy2d.py --data ring          eight Gaussians on a ring; or grid, spirals, checkerboard
-    python toy2d.py --only objectives samplers energies    80 s: three short lessons; slopes .05 and 1.08
+    python toy2d.py --only objectives samplers energies    80 s: slope of f on log p_data .05 (AT), 1.08
 
 Differs: the source does not publish network, step, K, iterations or spread for these figures; all are ours,
 chosen so that each figure shows what the text says of it, and there is no budget "paper". The learning rate
 falls to zero (cosine), so that the picture is an optimum and not one moment of a game. Algorithm 2's
 particles take a step that shrinks likewise: with a fixed one they circle the data at that distance. The reach
-K * step = 1.68 is short of the plane's corners, 2.83 away. Give it more (--k 20 --step 0.15) and D becomes
-1/2 everywhere: the smallest slope is enough for normalised steps to bring all of p0 home, nothing is left
-outside to press down, and that too is an optimum.
+K * step = 1.68 is short of the plane's corners, 2.83 away. With more (--k 20 --step 0.15) every red point
+reaches the data however flat f is, as the length of a step ignores that of the gradient. Red and blue are
+alike then, and D = 1/2 everywhere: that too is an optimum, and says nothing.
 """
 
 import math
@@ -138,7 +138,7 @@ def at_loss(f_data, f_adv):
     return (F.softplus(-f_data).mean() + F.softplus(f_adv).mean()) / 2
 
 def ebm_loss(f_data, f_adv):
-    """The maximum-likelihood gradient of Eq. 2.2: unbounded (2.5.6)."""
+    """A loss with the gradient of the EBM's -log-likelihood (2.2). No lower bound: section 2.5.6."""
     return f_adv.mean() - f_data.mean()
 
 def maximin(seed, s, data, where, objective=at_loss, sampler=None):
@@ -387,7 +387,7 @@ def samplers(run, s):
     return rows
 
 def energies(run, s, data):
-    """Short-run against long-run energies: what becomes of chains that go on for longer than in training."""
+    """f trained with short, always fresh chains or with kept ones; then chains that run for longer."""
     data = "ring" if data == "gaussian" else data
     rows = []
     figure, axes = four_panels()

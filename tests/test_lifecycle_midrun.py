@@ -531,7 +531,7 @@ def test_attacked_reports_each_attack_and_the_worst(run, monkeypatch):
     asked.clear()
     n, calls = 5, []
     x, y = torch.zeros(n, 1, 2, 2), torch.ones(n).long()
-    transferred = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.3]).view(n, 1, 1, 1).expand(n, 1, 2, 2)
+    transferred = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.0]).view(n, 1, 1, 1).expand(n, 1, 2, 2)
     planted = {  # K, last: natural, robust
         (0, 0): (bools(1, 1, 1, 1, 1), bools(0, 0, 0, 0, 1)),
         (7, 0): (bools(1, 1, 1, 1, 0), bools(1, 1, 0, 1, 0)),
