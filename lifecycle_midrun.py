@@ -135,12 +135,12 @@ def rejuvenate(bank, age, rows, p, data):
 @seeded
 def train_midrun(run, s, data, name="energy"):
     """Algorithm 4 -> V, and the age of each state in the bank: Langevin steps since it was fresh, int64."""
-    V = common.to_device(common.make_net(s.net, 1, data.shape, s.width), run.device)
+    V = common.make_net(s.net, 1, data.shape, s.width).to(run.device)
     V_fast = frozen_copy(V)
-    bank = torch.zeros(s.bank, *data.shape, device=run.device)
+    bank = data.take(torch.randint(len(data), (s.bank,))).to(run.device)
     age = torch.zeros(s.bank, dtype=torch.long, device=run.device)
     adam = torch.optim.Adam(V.parameters(), s.lr)
-    tenths = common.multiples(s.updates, (1 / 3, 1 / 2, 2 / 3, 5 / 6))
+    tenths = [int(part * s.updates) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(adam, tenths)
     made_from = common.pick(
         s, "net width updates lr batch bank k_train p temperature data_noise"
@@ -158,8 +158,6 @@ def train_midrun(run, s, data, name="energy"):
         adam=adam,
         schedule=schedule,
     )
-    if training.it == 0:
-        rejuvenate(bank, age, torch.arange(s.bank, device=run.device), 1, data)
     stream = common.batches(data, s.batch, run.seed, training.it, device=run.device)
     for it in training.updates(s.updates):
         x, _ = next(stream)

@@ -14,7 +14,7 @@ The outer player commits itself, the inner one answers in full: there lies the d
     Algorithm 1, max_D min_{p_T} U: adversarial training (AT). Draw x from data and x_0 from p0. Move x_0 by K
     steps
         x <- x + step * g / ||g||,  g = grad f(x)                                             (2.8)
-    and take one optimiser step on D. Fresh x_0 the next time. Proposition 1: at the optimum U = -log 4 = -1.386
+    and take one optimiser step on D. Fresh x_0 the next time. Prop. 1: at the optimum U = -log 4 = -1.386
     and D = 1/2 on the data, at most 1/2 elsewhere. What p0 never reaches is never pressed down: fig. 2.1.
     Algorithm 2, min_{p_T} max_D U: the game of a GAN (generative adversarial network). Data x and particles
     x* are fixed sets. Train D to convergence, then move every particle ONE step of (2.8), and keep it there.
