@@ -383,7 +383,7 @@ class Training:
 
     def updates(self, total, unit="update", done=None):
         """Count it = 1 ... total. done(it): share of the work, where updates differ in cost."""
-        if self.finished:
+        if self.finished or total == 0:
             return
         print(f"{self.name}: {total - self.it} {unit}s", flush=True)
         done = done or (lambda it: it / total)
@@ -557,7 +557,10 @@ def _replay(step, x, n, arguments):
     size = _padded_size(rows)
     key = [step, single, size]
     for thing in (*state, *arguments):
-        key.append((thing.shape[1:], thing.dtype) if isinstance(thing, torch.Tensor) else thing)
+        if isinstance(thing, torch.Tensor):
+            batched = thing.dim() > 0 and len(thing) == rows
+            thing = (thing.shape[1:] if batched else thing.shape, thing.dtype, batched)
+        key.append(thing)
         key.append(getattr(thing, "training", None))
     key = tuple(key)
     if key not in _RECORDED:
@@ -1007,8 +1010,6 @@ class MnistCNN(Pooled):
     def __init__(self, outputs=1, channels=1, side=28, width=1.0):
         super().__init__()
         a, b, c = round(32 * width), round(64 * width), round(1024 * width)
-        if not a:
-            raise ValueError("no channels are left")
         self.body = nn.Sequential(
             nn.Conv2d(channels, a, 5, 1, 2), nn.MaxPool2d(2), nn.ReLU(),
             nn.Conv2d(a, b, 5, 1, 2), nn.MaxPool2d(2), nn.ReLU(),
@@ -1300,7 +1301,10 @@ def make_net(name, outputs, shape, width=1.0):
     if name not in made:
         raise UserError(f"unknown network '{name}'; known: {', '.join(made)}")
     try:
-        return made[name]()
+        net = made[name]()
+        if min(parameter.numel() for parameter in net.parameters()) == 0:
+            raise ValueError("no channels are left")
+        return net
     except (ArithmeticError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"no {name} of width {width} for images {tuple(shape)}: {error}") from None
 
@@ -1314,6 +1318,8 @@ def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, aug
     crop_flip. adversary(model, x, y) -> x: attacks each batch (adversarial training). Labels [N], or masks
     [N, S, S] for a map of logits. shared: kept where other scripts that train the same find it.
     """
+    if augment not in ("none", "crop", "crop_flip"):
+        raise UserError(f"no augmentation '{augment}'; known: none, crop, crop_flip")
     model = to_device(build(), run.device)
     if sgd:
         optimizer = torch.optim.SGD(model.parameters(), sgd, momentum=0.9, weight_decay=2e-4)

@@ -27,7 +27,7 @@ image takes its place. No label is needed: one energy defends any network that s
     (4.3)   A segmentation is right if Dice(attacked and purified) is at least half of Dice(clean).
 
 Commands (two cores; more numbers in results/):
-    python lifecycle_midrun.py                    7 min: robust accuracy .03 without, .88 with the defence
+    python lifecycle_midrun.py                    11 min: robust accuracy .03 without, .88 with the defence
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
     python lifecycle_midrun.py --dataset cifar10  a GPU; --budget paper: the published settings
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which an update moved
@@ -448,7 +448,8 @@ def rates(title, outcome, **beside):
 def attacked(run, s, task, attack, name):
     """Natural and robust accuracy without and with the defence -> rows, {title: images}; draws NAME.png."""
     defence, x, y = task
-    transferred = pgd(defence.f, x, y if y.dim() == 1 else y[:, 0], s.n, attack.ball)
+    labels = y if y.dim() == 1 else y[:, 0]
+    transferred = pgd(defence.f, x, labels, s.n, attack.ball)
     bare = eot_attack(run, replace(defence, K=0), x, y, attack)
     bpda = eot_attack(run, defence, x, y, attack)
     through = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
@@ -583,12 +584,12 @@ def get_args(argv=None):
     common.at_least(
         1, s, "f_iters u_iters updates batch bank k_train k h_def h_adv n n_last images few"
     )
-    common.above_0(s, "p tau temperature")
+    common.above_0(s, "p tau temperature width f_width")
     common.check_radius(s.eps)
-    if s.p > 1 or s.bank % s.batch or s.last > s.k:
-        raise UserError(
-            "--p is a probability, --bank a multiple of --batch, --last at most --k"
-        )
+    if s.p > 1 or s.bank % s.batch:
+        raise UserError("--p is a probability, --bank a multiple of --batch")
+    if s.last > s.k:
+        raise UserError("--last must be at most --k")
     return args
 
 def load(args, name, split, channels=None, side=None):
@@ -608,7 +609,8 @@ def main(argv=None):
         raise UserError(
             f"--images, --batch: {name} has {len(test)} images to test, {len(data)} to train"
         )
-    load_other = partial(load, args, s.other, channels=data.shape[0], side=data.shape[1])
+    channels, width, _ = data.shape
+    load_other = partial(load, args, s.other, channels=channels, side=width)
     others = once(lambda: (load_other("train"), load_other("test")))
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
     run = common.Run("lifecycle_midrun", args)

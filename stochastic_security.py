@@ -29,7 +29,7 @@ V is piecewise linear (leaky ReLU), so grad V is constant near a state, and the 
 identity, as BPDA has it. A second attack goes back through the last steps with a smooth stand-in for V.
 
 Commands (two cores; all numbers: results/stochastic_security.md):
-    python stochastic_security.py                     6 min: robust accuracy .03 without, .84 with the defence
+    python stochastic_security.py                     9 min: robust accuracy .03 without, .84 with the defence
     python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2
     python stochastic_security.py --dataset cifar10   a GPU; --budget paper: all settings of Alg. 1 and 2
 
@@ -594,7 +594,7 @@ def get_args(argv=None):
     common.at_least(
         1, s, "f_iters at_iters updates batch k_train h_def h_adv n n_last restarts images few"
     )
-    common.above_0(s, "tau temperature")
+    common.above_0(s, "tau temperature width f_width")
     common.check_radius(s.eps)
     if s.bank % s.batch:
         raise UserError("--bank must be a multiple of --batch")

@@ -121,7 +121,6 @@ def by_hand(s, data, updates):
     """Algorithm 4 in plain PyTorch -> V, bank, age, and d and the movement of each update."""
     torch.manual_seed(0)
     V = common.make_net(s.net, 1, data.shape, s.width)
-    torch.rand(s.bank)
     bank = data.take(torch.randint(len(data), (s.bank,)))
     age = torch.zeros(s.bank, dtype=torch.long)
     adam, stream, ds, moves = torch.optim.Adam(V.parameters(), s.lr), common.batches(data, s.batch, 0), [], []

@@ -1311,13 +1311,22 @@ def test_main_attacks_test_images_and_defends_with_the_right_energy(tmp_path, mo
 
 
 def test_the_transferred_images_depend_on_the_seed_alone(tmp_path, monkeypatch):
-    """Not on the experiment that asks for them first, nor on what was drawn before."""
+    """Not on the experiment that asks for them first, nor on what was drawn before: Run.experiments seeds."""
     made = []
+    experiments = common.Run.experiments
     for flags, before in (((), 1), ((), 2), (("--seed", 5), 2)):
-        get, *_ = wired(tmp_path, monkeypatch, *flags)
+        get, _, run, *_ = wired(tmp_path, monkeypatch, *flags)
         monkeypatch.setattr(ss, "pgd", lambda *_, **__: torch.rand(3))
+        monkeypatch.setattr(common.Run, "experiments", experiments)
+
+        def figure_9(other, transferred):
+            """Asks for them, after something else that draws."""
+            made.append(transferred)
+            return []
+        run.args.only = ["figure9"]
         torch.manual_seed(before)
-        made.append(get("transferred"))
+        common.Run.experiments(run, common.experiments([figure_9]), other=common.once(lambda: torch.rand(before)),
+                               transferred=common.once(lambda: get("transferred")))
     assert torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
 
 
