@@ -387,15 +387,17 @@ def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
 
 def test_a_fixer_made_otherwise_is_refused(run):
     f = common.make_net("small_cnn", 10, (1, 8, 8), 0.25).eval().requires_grad_(False)
-    perceptual = fixer.make_perceptual(None, f, "cpu")
-    phase(run, loss=perceptual, early=False)
+    other = copy.deepcopy(f)
     with torch.no_grad():
-        f.body[0].weight += 0.1
-    for change in ({"loss": perceptual}, {"loss": F.mse_loss}, {"epochs": 3}, {"early": True}, {"K": 3},
+        other.body[0].weight += 0.1
+    perceptual, of_other = (fixer.make_perceptual(None, net, "cpu") for net in (f, other))
+    G = phase(run, loss=perceptual, early=False)
+    assert same(phase(run, loss=perceptual, early=False), G)
+    for change in ({"loss": of_other}, {"loss": F.mse_loss}, {"epochs": 3}, {"early": True}, {"K": 3},
                    {"chain": shifted}, {"learned": images(8, seed=5)}, {"held": images(5, "held", 5)},
                    {"start": fixer.Fixer(1, 3)}, {"s": settings(lr=0.02)}, {"s": settings(lr=0.01, refresh=3)}):
         with pytest.raises(UserError, match="g.pt was made with"):
-            phase(run, **{"loss": fixer.make_perceptual(None, copy.deepcopy(f), "cpu"), "early": False, **change})
+            phase(run, **{"loss": perceptual, "early": False, **change})
 
 
 # --- what defends, and what attacks see of G ---
@@ -536,10 +538,13 @@ def test_figure_5_2_compares_fixed_with_purified_images(run):
     first, G = Blend(1.0, -0.25), Blend(1.0, -0.4)
     first.losses, G.losses = [[3.0, 2.0], [1.0, 4.0]], [[5.0, 6.0]]
     midrun = Defence(None, 3, chain)
-    perceptual = partial(fixer.perceptual_loss, layers=nn.Flatten(), mean=0.5, std=0.5)
+    perceptual = partial(fixer.perceptual_loss, layers=torch.square, mean=0.5, std=0.5)
+    x = held.take(slice(None))
+    expected = perceptual(x + 0.1, x) / perceptual(x + 0.5, x)
     rows = rows_of(fixer.figure_5_2(run, settings(k=3), midrun, held, perceptual, first, G))
     assert rows["mse loss, fixed / purified"] == pytest.approx(0.25, rel=0.02)
-    assert rows["perceptual loss, fixed / purified"] == pytest.approx(0.04, rel=0.05)
+    assert rows["perceptual loss, fixed / purified"] == pytest.approx(expected.item(), rel=0.05)
+    assert not 0.03 < expected < 0.05  # as the pixels' loss would have it
     shown = [(row["quantity"], row["epoch"], row["value"]) for row in run.shown["figure5.2-mse"]]
     assert shown == [("training", 1, 3.0), ("validation", 1, 2.0), ("training", 2, 1.0), ("validation", 2, 4.0)]
     assert [row["value"] for row in run.shown["figure5.2-perceptual"]] == [5.0, 6.0]
