@@ -4,35 +4,33 @@ Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.2.
 
 An adversarial example is an image that was changed so little that nobody sees it, and so cleverly that a
 classifier f misreads it. What f reads as class k is therefore an image of class k, or an attacked image of
-another class. A detector d_k is a network that tells these two apart, one for each class. While it learns,
-the other images are attacked anew in every update, and the attack aims at d_k itself: what the attacker finds
-is what d_k learns to refuse. The detectors rank images so well that no f is needed: the class of the highest
-logit is the prediction, and the same logit decides whether the image is accepted.
-
-Attacks are PGD (projected gradient descent): steps down the attacker's own loss (-z_k, not L), each projected
-back into a ball around the image. eps is its radius in l_inf (largest change of a pixel) or l_2 (length).
-
-    z_k(x): logit of d_k, HIGH = clean and of class k. Pixels, eps, steps: in [0, 1]. d_1 is that of class 0.
-    (3.23)  min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)], L: logistic
-    (3.27)  z_H(x) = (z_1(x), ..., z_K(x)) (3.31); its argmax predicts. f(x), H(x) in code: logits. Integrated
-            detection: k = class by f, accepted if z_H(x)_k >= T. Generative detection: k = class by z_H.
+another class. A detector d_k is a network that tells these two apart; there is one for each of the K classes.
+While it learns, the other images are attacked anew in every update, and the attack aims at d_k itself. The
+detectors rank images so well that no f is needed: the class of the highest logit is the prediction, and that
+logit decides whether the image is accepted. Beside them: a robust softmax classifier, of attacked images.
+Attacks are PGD (projected gradient descent): steps that raise the logit z_k, each projected back into a ball
+around the image. eps is its radius in l_inf (largest change of a pixel) or l_2 (length of the change). In
+training they start at random in the ball, in evaluation at the image.
+    z_k(x): logit of d_k, HIGH = clean and of class k; d_1 is that of class 0. y: an image's label.
+    Pixels are in [0, 1]; eps and the length of steps are in that unit.
+    (3.23)  min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)], by the
+            weights of d_k; L(z, t): logistic loss of logit z for target t. Here half of it.
+    (3.31)  z_H(x) = (z_1(x), ..., z_K(x)), in code H(x). Integrated detection: f reads class k, accepted if
+            z_k(x) >= T, a threshold. Generative detection (3.27): the same with k = argmax z_H(x), without f.
     (3.28)  TPR (true positive rate): share of CLEAN images that are accepted, rightly read or not.
     (3.29)  FPR (false positive rate): share of ALL attacked images that are misread AND accepted.
     AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
 
 Commands (two cores; all numbers: results/adv_detect.md):
-    python adv_detect.py                               8 min: AUC of d_1 .992, of d_2 1.00 under l_inf .3
-    python adv_detect.py --only table3.4 --models all  9 min: four models under each other's attacks
+    python adv_detect.py                               7 min: AUC of d_1 .992, of d_2 1.00 under l_inf .3
+    python adv_detect.py --only table3.4 --models all  9 min: detectors of four attacks, crosswise
     python adv_detect.py --dataset mnist               45 min: AUC of d_1 .998 (source: .9996)
     python adv_detect.py --dataset cifar10             a GPU; --budget paper: the source's settings
-
-The log: loss of Eq. 3.23, .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
-Differs: the attacker climbs the logit, not the loss: the same maximum, and no vanishing gradient. CIFAR-10's
-network is WRN-34-10 (source: Madry's variant of it); its best weights are chosen on validation images, as
-MNIST's are (code: on test images). Eq. 3.34's first maximum is over {y, K + 1} as in the code: over all
-classes the loss is flat once f is fooled. Table 3.6 follows the code. l_inf 8 is 8/255.
+The log: half of (3.23), .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
+Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide ResNet,
+WRN-34-10 (source: a variant of it), best weights chosen on validation images (author's code: test images).
+Eq. 3.34's first maximum is over y and K + 1, and table 3.6's c and steps are those, of the author's code.
 """
-
 import copy
 import math
 from functools import partial
@@ -76,7 +74,7 @@ class Steps(NamedTuple):
     step: float
     adam: bool = True  # each pixel moves by about `step`; else signs (inf), gradients of length 1 (2)
     def within(self, steps):
-        """In this many steps (0: as it is). Fewer l_inf steps are longer; l_2 steps cross the ball anyway."""
+        """In this many steps (0: unchanged). Fewer l_inf steps are longer; l_2 steps span the ball anyway."""
         steps = steps or self.steps
         longer = max(self.steps / steps, 1) if self.norm == "inf" else 1
         return self._replace(steps=steps, step=self.step * longer)
@@ -85,7 +83,7 @@ def plain(norm, eps, steps, step):
     """An attack on CIFAR-10, whose source counts pixels from 0 to 255."""
     return Steps(norm, eps / 255, steps, step / 255, False)
 
-MODELS = {  # by the number of colours: attacks in training. Tab. 3.1; sec. 3.2.3 and Tab. 3.10
+MODELS = {  # attack in training. Key: colours, 1 (Tab. 3.1) or 3 (sec. 3.2.3, Tab. 3.10)
     1: {
         "linf0.3": Steps("inf", 0.3, 100, 0.01),
         "linf0.5": Steps("inf", 0.5, 100, 0.01),
@@ -118,7 +116,7 @@ OTHERS = {  # the attacks of figures, of table 3.6, and in the training of the r
 # --- the detectors ------------------------------------------------------------------------------------------
 
 def network(outputs, shape, width, device):
-    """In eval mode. For grey images the source's network, for coloured ones a wide ResNet as large."""
+    """In eval mode. For grey images the source's network, for coloured ones a wide ResNet."""
     if shape[0] == 3:
         net = common.WideResNet(34, 10 * width, outputs)
     else:
@@ -126,7 +124,7 @@ def network(outputs, shape, width, device):
     return net.to(device).eval()
 
 class Detectors(nn.Module):
-    """K networks with one output each, run as one with K groups of channels: z_H (3.31). In eval mode."""
+    """K networks with one output each, run as one with K groups of channels; always in eval mode."""
     def __init__(self, nets):
         super().__init__()
         self.K, self.nets = len(nets), common.side_by_side(nets)
@@ -135,7 +133,7 @@ class Detectors(nn.Module):
         """All on each image [n, C, S, S] -> [n, K]; or each on its own images [K, n, C, S, S] -> [K, n]."""
         if x.dim() == 4:
             return self.nets(x.repeat(1, self.K, 1, 1))
-        return self.nets(x.transpose(0, 1).flatten(1, 2)).T
+        return self.nets(x.transpose(0, 1).flatten(1, 2)).T  # [n, K C, S, S]: a group for each
 
 # --- the attack ---------------------------------------------------------------------------------------------
 
@@ -151,7 +149,7 @@ def project(x, x0, a):
     return x0 + delta * (a.eps / length(delta).clamp(min=a.eps))
 
 def scattered(x0, a):
-    """Random start in the ball, not clipped: uniform in the cube; l_2: a direction, its length uniform."""
+    """Random start in the ball, clipped by the first step: uniform in the cube; l_2: uniform in length."""
     if a.norm == "inf":
         return x0 + a.eps * (2 * torch.rand_like(x0) - 1)
     radius = a.eps * torch.rand_like(x0[..., :1, :1, :1])
@@ -199,9 +197,9 @@ def detector_loss(x, f, H, y):
     return -best_other(H(x), y)
 
 def combined_loss(x, f, H, y):
-    """Eq. 3.34: f has a class K + 1, "attacked", of logit (3.33); a wrong class must beat both it and y."""
+    """Eq. 3.34: f has a class K + 1, "attacked"; a wrong class must beat both it and y (else: no slope)."""
     z_f = f(x)
-    attacked = (1 - best_other(H(x), y)) * z_f.amax(1)
+    attacked = (1 - best_other(H(x), y)) * z_f.amax(1)  # (3.33): high while no wrong detector is sure
     return torch.maximum(own_logit(z_f, y), attacked) - best_other(z_f, y)
 
 def switching_loss(x, f, H, y):
@@ -210,7 +208,7 @@ def switching_loss(x, f, H, y):
     return torch.where(margin_f < 0, detector_loss(x, f, H, y), margin_f)
 
 def joint_loss(x, f, H, y):
-    """Not in the source: a class that f prefers to y and whose detector is sure; the lesser counts."""
+    """Not in the source: raises, for the best wrong class, the lesser of f's margin over y and H's logit."""
     z_f = f(x)
     preferred = z_f - own_logit(z_f, y)[:, None]
     return -best_other(torch.minimum(preferred, H(x)), y)
@@ -228,7 +226,7 @@ def logit_loss(x, H):
     return -H(x)
 
 def softmax_loss(x, net):
-    """Makes a softmax classifier sure that images x[k] are of class k: [K, n, C, S, S] -> [K, n]."""
+    """Raises a softmax classifier's logit k on images x[k]: [K, n, C, S, S] -> [K, n]."""
     z = net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     return -z.diagonal(0, 0, 2).T
 
@@ -240,10 +238,10 @@ def label_loss(x, net, y):
 
 def against(net, x, y, a):
     """Images x of labels y attacked by PGD from a random start, in net's eval mode."""
-    training = net.training
+    was_training = net.training
     net.eval()
     x = minimise(label_loss, x, a, scattered(x, a), net, y)
-    net.train(training)
+    net.train(was_training)
     return x
 
 def near_loss(x, H, x0, c):
@@ -286,7 +284,7 @@ def draw(images, rows, batch, seed, t):
 class Model(NamedTuple):
     """Trained detectors: a row of Tab. 3.1."""
     H: Detectors
-    fast: nn.Module  # a frozen copy, which attacks climb
+    fast: nn.Module  # what attacks differentiate: a frozen copy of H
     auc: torch.Tensor  # of each detector in validation [K]
     check: Steps  # attack in validation and evaluation
 
@@ -297,14 +295,14 @@ def keep_better(best, best_auc, H, scores):
         if auc >= best_auc[k]:
             best_auc[k] = auc
             for mine, its in zip(best.parameters(), H.parameters()):
-                mine.data.chunk(H.K)[k].copy_(its.data.chunk(H.K)[k])
+                mine.data.chunk(H.K)[k].copy_(its.data.chunk(H.K)[k])  # networks stand one behind the other
 
 @seeded
 def train_detectors(run, s, name, a, check, build, f, train, validation):
-    """A row of Tab. 3.1 -> Model, each detector with its best weights. f: what they start as, or None."""
+    """A row of Tab. 3.1 -> Model, each detector with its best weights. f: where each starts, or None."""
     inside, outside = rows_of(train, True), rows_of(train, False)
     nets = [build(1) for _ in inside]
-    for k, net in enumerate(nets if f else []):
+    for k, net in enumerate(nets if f else []):  # d_k starts as f with output k alone
         net.body.load_state_dict(f.body.state_dict())
         net.head.weight.data = f.head.weight[k : k + 1]
         net.head.bias.data = f.head.bias[k : k + 1]
@@ -322,7 +320,7 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
         run, name, made_from, H=H, optimizer=optimizer, best=best, best_auc=best_auc
     )
     for it in training.updates(s.updates):
-        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)
+        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)  # any other seed
         x_neg = draw(train, outside, s.batch, run.seed, it - 1)
         follow(model.fast, H)
         x_adv = minimise(logit_loss, x_neg, a, scattered(x_neg, a), model.fast)
@@ -333,11 +331,13 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
         loss.sum().backward()  # not the mean: each detector gets the gradient that it would get alone
         optimizer.step()
         training.log(loss=loss.mean(), z_pos=z_pos.mean(), z_neg=z_neg.mean())
-        if it % max(s.updates // 5, 1) == 0:
+        if it % max(s.updates // 5, 1) == 0:  # five times in all
             follow(model.fast, H)
             scores = attacked_scores(run, model, validation, check, s.val_images)
             keep_better(best, best_auc, H, scores)
     return model._replace(H=best, fast=frozen_copy(best))
+
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 def first_two(model, build):
     """The model with d_1 and d_2 alone, of which most tables speak."""
@@ -359,7 +359,7 @@ def logits(net, x):
 
 @seeded
 def attacked_scores(run, model, images, a, n, method=minimise, loss=logit_loss, starts=0):
-    """Logits of clean images of each class [K, P], and of n attacked others, the best of `starts`, [K, n]."""
+    """Logits of clean images of each class [K, P], of n attacked others [K, n]: the best of `starts`."""
     K = model.H.K
     def attacked(x0):
         tried = []
@@ -367,12 +367,12 @@ def attacked_scores(run, model, images, a, n, method=minimise, loss=logit_loss, 
             start = scattered(x0, a) if starts else x0
             tried.append(logits(model.H, method(loss, x0, a, start, model.fast)))
         return torch.stack(tried).amax(0)
-    x_pos, _ = together(images, rows_of(images, True)[:K], len(images))
+    x_pos, _ = together(images, rows_of(images, True)[:K], len(images))  # as many as the rarest class has
     x_neg, _ = together(images, rows_of(images, False)[:K], n)
     return logits(model.H, x_pos), by_images(attacked, run.chunk // K + 1, x_neg)
 
 def detect(f, H, x, y):
-    """The logit that decides about images x [n, C, S, S]; which are misread. Generative detection: f is H."""
+    """H's logit of the class that f reads, for x [n, C, S, S]; which are misread. Generative: f is H."""
     k = logits(f, x).argmax(1)
     return own_logit(logits(H, x), k), k != y
 
@@ -381,8 +381,8 @@ def threshold(z, tpr):
     return z.sort(descending=True).values[math.ceil(tpr * len(z)) - 1].item()
 
 def smallest_perturbation(model, T, a, c_max, x0, y):
-    """Least l_2 length that makes x0[k] of labels y[k] misread and accepted, inf where none does: [K, n]."""
-    c = 0.0 * y
+    """Least l_2 length that makes x0[k], pushed towards k, misread and accepted, or inf: [K, n]."""
+    c = 0.0 * y  # weight of the length in near_loss
     sizes = []
     for i in range(20):  # c is bisected, from 0 on: up after a success, else down
         x = minimise(near_loss, x0, a, x0, model.fast, x0, c)
@@ -399,7 +399,7 @@ def apgd(loss, x0, a, start, *about):
     step = last_step = torch.full_like(x0[..., :1, :1, :1], 2 * a.eps)
     best = step + math.inf
     before = step - math.inf
-    fell = 0
+    fell = 0  # how often the loss went down; .75, .22, .03, .06: constants of Auto-PGD
     period = checkpoint = max(round(0.22 * a.steps), 1)
     for t in range(a.steps):
         now = loss(x, *about)[..., None, None, None]
@@ -418,7 +418,7 @@ def apgd(loss, x0, a, start, *about):
             checkpoint += period
         gradient = input_gradient(lambda x: loss(x, *about), x)
         z = project(x - step * direction(gradient, a.norm), x0, a)
-        if t == 0:
+        if t == 0:  # no momentum yet
             last_best, moved = best, z - x
         z = project(x + 0.75 * (z - x) + 0.25 * moved, x0, a)  # momentum
         x, moved = z, z - x
@@ -475,13 +475,13 @@ def table_3_5(run, s, pairs, test):
     return rows + auc_rows(run, pairs, test, s.few, "random starts", starts=s.restarts)
 
 def table_3_6(run, s, models, test, source):
-    """Mean l_2 length of the smallest perturbations that are misread and accepted. CIFAR-10: Tab. 3.11."""
+    """Mean smallest l_2 perturbation that is misread and accepted (TPR .95). CIFAR-10: Tab. 3.11."""
     rows = []
-    c_max = 65025.0 if test.shape[0] == 3 else 8.0  # the code's; 1 where pixels go to 255
+    c_max = 65025.0 if test.shape[0] == 3 else 8.0  # the author's code: 1 for pixels from 0 to 255 (255^2); 8
     for name, model in models.items():
         K = model.H.K
         targets = []
-        for k, part in enumerate(torch.arange(len(test)).chunk(K)):  # no image twice
+        for k, part in enumerate(torch.arange(len(test)).tensor_split(K)):  # no image twice
             targets.append(part[test.y[part].cpu() != k])
         x, y = together(test, targets, max(s.few // K, 1))
         z_clean = logits(model.H, test.take(slice(None))).amax(1)
@@ -489,10 +489,10 @@ def table_3_6(run, s, models, test, source):
             smallest_perturbation, model, threshold(z_clean, 0.95), source["table3.6"], c_max
         )
         size = by_images(search, run.chunk // K + 1, x, y)
-        found = size.isfinite()
-        mean = size[found].mean().item()
+        broken = size.isfinite()
+        mean = size[broken].mean().item()
         rows.append(value(f"mean l_2 of the smallest perturbation, {name}", mean))
-        rows.append(rate(f"FPR, {name}", found))
+        rows.append(rate(f"FPR, {name}", broken))
     return rows
 
 SWEEPS = (  # Tab. 3.7, Tab. 3.8: norm, steps, the length of a step as a share of eps
@@ -516,7 +516,7 @@ def table_3_7(run, s, pairs, test):
     return rows
 
 def figure_3_2(run, s, f, models, test, source):
-    """FPR against TPR of integrated and generative detection under every attack. CIFAR-10: Fig. 3.4."""
+    """FPR against TPR of the first model, by f and without, under every attack. CIFAR-10: Fig. 3.4."""
     model = next(iter(models.values()))
     fast = frozen_copy(f)
     a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
@@ -539,7 +539,7 @@ def figure_3_2(run, s, f, models, test, source):
     return rows
 
 def towards(run, name, f, robust, models, x, a):
-    """Images x[k] attacked towards class k, by the detectors and by a softmax classifier: does f read k?"""
+    """Images x[k] pushed towards class k, by the first model and by a softmax classifier: does f read k?"""
     model = next(iter(models.values()))
     generative = minimise(logit_loss, x, a, x, model.fast)
     softmax = minimise(softmax_loss, x, a, x, frozen_copy(robust))
@@ -559,18 +559,18 @@ def figure_3_3(run, f, robust, models, test, source):
 
 def figure_3_6(run, f, robust, models, train, source):
     """Draws from the Gaussian of each class' training images, attacked towards their class."""
-    seeds = []
+    starts = []
     for index in rows_of(train, True):
         x = train.take(index).flatten(1).double()
         cov = torch.cov(x.T) + 1e-4 * torch.eye(x.shape[1], device=x.device)
         gaussian = torch.distributions.MultivariateNormal(x.mean(0), cov)
-        seeds.append(gaussian.sample((20,)).float().clamp(0, 1).unflatten(1, train.shape))
+        starts.append(gaussian.sample((20,)).float().clamp(0, 1).unflatten(1, train.shape))
     return towards(
-        run, "figure3.6", f, robust, models, torch.stack(seeds), source["figure3.6"]
+        run, "figure3.6", f, robust, models, torch.stack(starts), source["figure3.6"]
     )
 
 def untuned(run, s, f, pairs, test):
-    """Attacks that nothing here was tuned against; those of Tab. 3.2 and 3.3 stand there."""
+    """Attacks not used in development: through float32, Auto-PGD, transfer from f."""
     exact, undefended = {}, {}
     for name, model in pairs.items():
         exact[name] = model._replace(fast=frozen_copy(model.H, fast=False))
@@ -605,8 +605,8 @@ def main(argv=None):
     colours, _, K = common.IN_MEMORY[args.dataset]
     data, test = common.train_and_test(args, s.batch, s.images)
     test = chosen(test, common.shuffled(len(test), 123))
-    sixth = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
-    validation, train = (chosen(data, index) for index in sixth)
+    parts = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
+    validation, train = (chosen(data, index) for index in parts)
     build = partial(network, shape=data.shape, width=s.width, device=args.device)
     run = common.Run("adv_detect", args)
     setups = {}

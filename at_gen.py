@@ -2,46 +2,51 @@ r"""AT generative model: an energy learned by binary adversarial training, and i
 
 Source: Yin 2022, "Generative Modeling With Adversarial Training", chapter 2 ("the dissertation").
 
-An energy is a network that gives each image one number; here that is the logit f of a binary classifier
-D = sigmoid(f), high where images look like the training data. An attack follows the gradient of f with
-respect to the image (PGD, projected gradient descent: some steps of fixed length, each one back into the
-allowed range). D is trained to tell data from images of another set, p0 (letters, other photographs), after
-these were attacked: pushed uphill by K steps. Where the attack arrives, f is then pressed down, unless data
-hold it up. What stays high is the support of the data, and from far away the gradient of f leads there. So in
-the end the same attack turns an image of p0 into a sample. There is no noise, and there are no kept states:
-each attack is a short chain of steps from a fresh image of p0.
+An energy-based model (EBM) is a density p(x) ~ exp f(x), f a network that gives each image one number. Here
+f is the logit of a binary classifier D = sigmoid(f), high where images look like the training data. An
+attack follows the gradient of f with respect to the image (PGD, projected gradient descent: some steps of
+fixed length, each followed by a return into the allowed range). D is trained to tell data from images of
+another set, p0 (letters, other photographs), after these were attacked: pushed uphill by K steps. Where the
+attack arrives, f is then pressed down, unless data hold it up. What stays high (f = 0, D = 1/2) is the
+support of the data, and from far away the gradient of f leads there. So in the end such an attack, longer
+than in training and without eps, turns an image of p0 into a sample. Unlike EBM training by Langevin
+sampling it adds no noise and keeps no states: each attack is a short chain of steps from a fresh image of
+p0.
 
     f(x) logit, HIGH = in-distribution. Pixels in [0, 1]; step and eps are l_2 lengths of the whole image.
 
     (2.8)   x_{i+1} = x_i + step * g / ||g||_2,  g = grad_x f(x_i),  then clamped to [0, 1]    (unbounded PGD)
     (2.7)   the same, projected onto the ball of radius eps around x_0                         (finite --eps)
     (2.11)  J(D) = E_data[log D(x)] + E_p0[log(1 - D(x_K))], x_K: x_0 of p0 after K steps      (maximised)
-    (2.18)  dJ = E_data[(1 - D) df] - E_p0[D df], d by the weights. An energy-based model (EBM) has it without
-            the factors 1 - D and D (Eq. 2.2), which vanish where D is sure: there AT stops pushing.
-    Prop. 1 At the optimum J = -log 4, D = 1/2 on the support of the data, and at most 1/2 elsewhere.
-    Alg. 3  For K = 0, 1, ..., N: some updates against attacks of K steps, with one optimiser throughout.
-            Alg. 1 is the same with one fixed K.
-    R1      Minimised is -J/2, the mean of 2m cross-entropies, + gamma/2 E_data ||grad_x f(x)||^2; m: --batch.
+    (2.18)  dJ = E_data[(1 - D) df] - E_p0[D df], d by the weights, x_K held fixed. An EBM has it without the
+            factors 1 - D and D (2.2), which vanish where D is sure and right: there AT stops pushing.
+    Prop. 1 If the attack lowers J as far as it can while D raises it, the optimum is J = -log 4: D = 1/2 on
+            the support of the data, and at most 1/2 elsewhere.
+    Alg. 3  For K = 0 (no attack), 1, ..., N: some updates against attacks of K steps, with one optimiser
+            throughout. Alg. 1 is the same with one fixed K.
+    R1      We minimise -J/2, the mean of 2m cross-entropies, + gamma/2 E_data ||grad_x f(x)||^2; m: --batch.
 
 Commands (two cores; all numbers: results/at_gen.md):
-    python at_gen.py                          7 min: FD-cls (distance to the data) 16; p0 133, held-out 1.5
+    python at_gen.py                          7 min: FD-cls of samples 16, of p0 133, of held-out data 1.5
     python at_gen.py --dataset mnist          10 min: 11, 57 and 1.5
-    python at_gen.py --only figure2.5         9 min more: progressive K against fixed K
-    python at_gen.py --dataset cifar10        a GPU; --budget paper: settings of Tab. 2.3, 2.4 (FID 13.2)
+    python at_gen.py --only figure2.5         9 min after the first command: progressive K against fixed K
+    python at_gen.py --dataset cifar10        a GPU; --budget paper: Tab. 2.3, 2.4 (FID of the source 13.2)
 
-The log. loss starts at log 2 = .693, falls while K is small, then climbs back towards log 2, its value at the
-optimum. f_data and f_adv, mean logits of data and of attacked p0, come together. auc_adv, their AUROC, sinks
-towards 1/2: f can't tell the two apart. moved: distance from x_0 to x_K over K * step; it falls as f
-gets maxima within reach. r1: the penalty over gamma. attack_steps: all steps of attacks so far. fd, in every
-second line: Frechet distance of 500 samples to the training images.
+The log. loss starts at log 2 = .693, falls while K is small, then climbs back towards log 2, its value at
+the optimum; an untrained f shows it too, so look at fd. f_data and f_adv, mean logits of data and of
+attacked p0, come together. auc_adv, their AUROC, sinks towards 1/2: f can't tell the two apart. moved:
+distance from x_0 to x_K over K * step; from K = 1 on it falls as f gets maxima within reach. r1: the
+penalty over gamma. attack_steps: all steps of attacks so far. fd, in every second line: FD-cls of 500
+samples.
 
-Differs: p0 of 32x32 is Tiny ImageNet downscaled (80 Million Tiny Images, the source's, is withdrawn).
-FD-cls, in features of the data set's own classifier, stands for FID where Inception-V3's weights are not at
-hand; they are torchvision's. Networks for 256 pixels start from scratch: the pretrained ones of the source
-were not published. The last model is reported, not the one of best FID. BatchNorm's statistics stay at mean 0
-and variance 1, as in the source's code: a learned affine map, the same in attack and update. The published
-CIFAR-10 model also attacked the data, downwards (--indist-steps 5), and could leave a K early; the text says
-neither.
+Differs from the source: p0 of 32x32 is Tiny ImageNet downscaled (80 Million Tiny Images, the source's, is
+withdrawn). FD-cls, a Frechet distance in features of the data set's own classifier (low = alike), stands
+for FID for grey images and where Inception-V3's weights are not at hand; they are torchvision's. Networks
+for 256 pixels start from scratch: the pretrained ones of the source were not published. The last model is
+reported, not the one of best FID. BatchNorm's statistics stay at mean 0 and variance 1, as in the source's
+code: a learned affine map, the same in attack and update. The published CIFAR-10 model also attacked the
+data, downwards (--indist-steps 5), and could go on to the next K before its updates were used up; the text
+says neither.
 """
 
 import math
@@ -64,7 +69,7 @@ SETTINGS = common.settings(
              "cifar10-paper", "celebahq-paper", "afhq_cat-paper", "lsun_church-paper"),
     smoke=dict(width=0.125, batch=4, k_max=2, iters_per_k=2, sample_steps=2, images=24, reference=64,
                cls_width=0.125, cls_iters=3),
-    # a setting: a value for each column, or one for all; then what it is. The model
+    # a row: a value for each column, or one for all; then its help. The model
     net=("plain", "plain", "resnet18", "resblock_d", "resnet50", "resblock_d", "resblock_d", "resblock_d",
          "the body of f: plain, resnet18, resnet50, resblock_d (Tab. 2.2), mnist_cnn"),
     width=(0.5, 0.5, 0.5, 1, 1, 1, 1, 1, "multiplies the channels of all but resblock_d"),
@@ -73,8 +78,8 @@ SETTINGS = common.settings(
     p0=("letters", "letters", "tinyimagenet", "imagenet", "tinyimagenet", "imagenet", "imagenet", "imagenet",
         "a data set by name, or NAME:n for its first n classes"),
     augment=("none", "none", "crop", "medium", "crop", "mild", "medium", "medium",
-             "of the data: none; crop (pad 4, flip); of large pictures rrc, mild, medium (common.CROPS)"),
-    augment_p0=("none", "none", "crop", "rrc", "crop", "rrc", "rrc", "rrc", "the same of p0"),
+             "of the data: none; crop (pad 4, flip); of large pictures rrc (resized crop), mild, medium"),
+    augment_p0=("none", "none", "crop", "rrc", "crop", "rrc", "rrc", "rrc", "the same, for p0"),
     batch=(48, 48, 32, 16, 32, 40, 40, 32, "m: data images, and as many of p0, in an update"),
     lr=(5e-4, 5e-4, 5e-4, 5e-5, 5e-4, 5e-5, 5e-5, 5e-5, "of Adam, betas (0, 0.99)"),
     k_min=(0, "first K; k_min = k_max is Alg. 1"),
@@ -86,14 +91,14 @@ SETTINGS = common.settings(
     indist_steps=(0, "steps of 0.1 down f that attack the data in training"),
     # generation and evaluation: Tab. 2.4
     sample_steps=(30, 30, 32, 20, 32, 20, 14, 17, "PGD steps from an image of p0 to a sample"),
-    sample_step=(1.0, 1.0, 0.2, 2.0, 0.2, 8.0, 8.0, 8.0, "their length"),
+    sample_step=(1.0, 1.0, 0.2, 2.0, 0.2, 8.0, 8.0, 8.0, "length of each (l_2)"),
     images=(2000, 2000, 5000, 200, 50_000, 50_000, 50_000, 50_000, "samples in an evaluation"),
     reference=(10_000, 10_000, 10_000, 1000, 50_000, 30_000, 30_000, 126_227,
                "training images (at most) that a Frechet distance compares with"),
     cls_width=(1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, "width of the classifier behind FD-cls"),
     cls_iters=(300, 600, 2000, 1, 8000, 1, 1, 1, "its updates, batch 128; unused where there are no labels"),
 )
-PIXELS = 2**20  # at most, of a batch in an evaluation
+PIXELS = 2**20  # largest batch x side^2 in an evaluation
 OTHER_P0 = {"letters": ["letters:4", "noise"], "tinyimagenet": ["tinyimagenet:10", "noise"]}
 
 # --- the model: f -------------------------------------------------------------------------------------------
@@ -176,21 +181,21 @@ def pgd_attack_step(x, f, x0, step, eps):
     length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     x = x + step * gradient / (length + 1e-10)
     if eps < math.inf:
-        moved = (x - x0).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        x = x0 + (x - x0) * (eps / moved.clamp(min=eps + 1e-12))
+        radius = (x - x0).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        x = x0 + (x - x0) * (eps / radius.clamp(min=eps + 1e-12))  # inside the ball: times 1
     return x.clamp(0, 1)  # x0 is in [0, 1], so this keeps the ball
 
 def pgd_attack(f, x, steps, step, eps=math.inf):
-    """Eq. 2.8 (2.7 with finite eps): steps of l_2 length `step` up f, or down where it is negative.
+    """Eq. 2.8 (2.7 with finite eps): steps of l_2 length `step` up f; a negative step goes down.
 
     x [B, C, S, S] in [0, 1] -> the same. Images do not influence each other.
     """
     if x.min() < 0 or x.max() > 1:
         raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
-    training = f.training
-    f.eval()
-    x = repeat(pgd_attack_step, x, steps, f, x, step, eps)
-    f.train(training)
+    was_training = f.training
+    f.eval()  # BatchNorm is the same function for all steps
+    x = repeat(pgd_attack_step, x, steps, f, x, step, eps)  # the second x: x0
+    f.train(was_training)
     return x
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -200,7 +205,7 @@ def at_loss(f_data, f_adv):
     return (F.softplus(-f_data).mean() + F.softplus(f_adv).mean()) / 2
 
 def ebm_loss(f_data, f_adv):
-    """A loss with the gradient of the EBM's -log-likelihood (2.2). No lower bound: section 2.5.6."""
+    """The EBM's objective (2.2), with x_K in place of its samples. No lower bound: section 2.5.6."""
     return f_adv.mean() - f_data.mean()
 
 def r1_penalty(f_data, x):
@@ -211,7 +216,7 @@ def r1_penalty(f_data, x):
 # --- training: Algorithm 3, or Algorithm 1 with k_min = k_max -----------------------------------------------
 
 def steps_of_update(s, it):
-    """K of the it-th update (from 1): k_min for the first iters_per_k updates, then one more."""
+    """K of the it-th update (from 1): k_min, and one more after every iters_per_k updates."""
     return s.k_min + (it - 1) // s.iters_per_k
 
 def updates_of_all(s):
@@ -230,7 +235,7 @@ def work(s, updates):
     return attack_steps(s, updates) + 6 * updates
 
 def batch_auroc(positive, negative):
-    """AUROC of two batches of scores [P], [N]; ties: one half. A 0-d tensor, for which nothing waits."""
+    """AUROC of two batches of scores [P], [N]; ties: one half. A 0-d tensor: nothing waits for the device."""
     return (positive[:, None] - negative).sign().mean() / 2 + 0.5
 
 @seeded
@@ -256,9 +261,9 @@ def train_f(run, s, name, data, p0, measure=None, objective=at_loss):
         K = steps_of_update(s, it)
         x, _ = next(stream)  # [m, C, S, S]
         x0, _ = next(stream_p0)
-        x_adv = pgd_attack(f, x0, K, s.step, s.eps)  # line 4 of Alg. 3
-        x = pgd_attack(f, x, s.indist_steps, -0.1).requires_grad_(s.r1 > 0)
-        with fast_precision(run.device):  # line 5
+        x_adv = pgd_attack(f, x0, K, s.step, s.eps)  # x_K
+        x = pgd_attack(f, x, s.indist_steps, -0.1).requires_grad_(s.r1 > 0)  # no steps by default
+        with fast_precision(run.device):
             f_data, f_adv = f(torch.cat([x, x_adv]))[:, 0].float().chunk(2)  # logits [m], [m]
             loss = objective(f_data, f_adv)
             penalty = r1_penalty(f_data, x) if s.r1 else 0.0
@@ -318,7 +323,7 @@ def load_p0(args, shape, name, split="train"):
     return Images(p0.x[kept], p0.y[kept], f"{name}:{n}")
 
 def choose_seeds(s, p0, p0_test):
-    """The p0 images that become samples -> data set, indices: of the test split, if it has so many."""
+    """Which images of p0 become samples ("seeds") -> data set, indices. Test images, if there are so many."""
     pool = p0_test if len(p0_test) >= s.images else p0
     if len(pool) < s.images:
         raise UserError(f"--images {s.images}: p0 {s.p0} has only {len(pool)}")
@@ -380,7 +385,7 @@ def make_classifier(run, s, data):
         )
     grey = data.shape[0] == 1
     net = "mnist_cnn" if grey else "resnet18"
-    augment = "none" if grey else "crop_flip"
+    augment = "none" if grey else "crop_flip"  # of train_classifier
     classes = common.IN_MEMORY[data.name][2]
     build = partial(common.make_net, net, classes, data.shape, s.cls_width)
     return common.train_classifier(
@@ -406,7 +411,7 @@ def table_2_5(s, distance, f, log, seeds, held_out):
     if held_out:
         sets["held-out data"] = held_out.slices()
     rows, fd, logits = [], {}, {}
-    for title, slices in sets.items():
+    for title, slices in sets.items():  # iterators, each read once
         z = distance.features(slices)
         logits[title] = distance.network.head(z)
         fd[title] = distance.between(z)
@@ -421,7 +426,7 @@ def table_2_5(s, distance, f, log, seeds, held_out):
     return rows
 
 def table_2_9(s):
-    """PGD steps that an image gets in training and at test time."""
+    """PGD steps that an image gets in training and at test time (settings, nothing measured)."""
     return [value("training steps", s.k_max), value("test steps", s.sample_steps)]
 
 def table_2_10(s, f, seeds):
@@ -434,7 +439,7 @@ def table_2_10(s, f, seeds):
     return [value("seconds for 50 samples", min(seconds[1:]), steps=s.sample_steps)]
 
 def table_2_11(s, distance, f, seeds):
-    """The same total displacement in twice, once and half the steps."""
+    """The same length of path in twice, once and half the steps."""
     rows = []
     cases = [("twice the steps", 2), ("the steps of Tab. 2.4", 1), ("half the steps", 0.5)]
     for title, factor in cases:
@@ -495,7 +500,7 @@ def figure_2_7(run, s, data, f, seeds):
     return [value(f"mean f of {title}", f(x).mean().item()) for title, x in sets.items()]
 
 def sweep(run, s, f, seeds):
-    """Images of p0 on their way: the displacement budget, steps x length, is what counts."""
+    """Images of p0 on their way to samples and beyond: more and more steps of one length."""
     rows, pictures = [], {}
     for steps in [0, *common.multiples(s.sample_steps, (0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4))]:
         x = pgd_attack(f, seeds.first(10), steps, s.sample_step)
@@ -543,6 +548,7 @@ def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
     common.at_least(1, s, "batch iters_per_k sample_steps cls_iters")
+    common.at_least(0, s, "k_min r1 indist_steps eps")
     common.at_least(2, s, "images reference")
     common.at_least(8, s, "side")
     common.above_0(s, "width cls_width lr")
@@ -557,7 +563,7 @@ def main(argv=None):
     load = partial(load_p0, args, data.shape)
     p0 = load(s.p0)
     pool, chosen = choose_seeds(s, p0, load(s.p0, "test"))
-    build_f(s, data.shape)  # what can be wrong is said before any work
+    build_f(s, data.shape)  # made and dropped: errors show before any work
     batches(data, s.batch, 0, augment=s.augment)
     batches(p0, s.batch, 0, augment=s.augment_p0)
     fitting = max(PIXELS // s.side**2, 1)
@@ -571,7 +577,7 @@ def main(argv=None):
         held_out = select(test, torch.arange(min(s.images, len(test))))
     run = common.Run("at_gen", args, p0=s.p0)
 
-    # once: made when an experiment first names it as an argument, which then gets what was made
+    # once: f() makes it at the first call; an experiment that names f as an argument gets what f() made
     distance = once(lambda: make_distance(run, s, data, reference))
     measure = once(lambda: None)
     if labelled or common.weights_at_hand(common.InceptionFeatures.FILE, args.data_dir):

@@ -12,7 +12,7 @@ The names that you meet in a script, and may take on trust:
     repeat                    a step taken n times; on a GPU one recorded step is replayed
     frozen_copy, follow       a copy of a network for sampling, in bfloat16 where that is fast; its update
     fast_precision, by_parts  bfloat16 in networks, where that is fast; a function applied to parts of a batch
-    load_images, batches      a data set by name; endless shuffled batches of it
+    load_images, train_and_test, load_on_device, batches   data sets by name; endless shuffled batches
     make_net, train_classifier   a network by name; a classifier of a data set
     UserError, Diverged       what ends a run with one line on stderr
 
@@ -432,7 +432,10 @@ class Training:
     def _line(self):
         """One line of the log from what was logged since the last one; raises Diverged."""
         row = {"it": self.it}
-        for key in dict.fromkeys(key for entry in self.since for key in entry):
+        names = {}
+        for entry in self.since:
+            names.update(entry)
+        for key in names:
             numbers = [entry[key] for entry in self.since if key in entry]
             mean = sum(float(number) for number in numbers) / len(numbers)
             row[key] = numbers[-1] if isinstance(numbers[-1], int) else float(f"{mean:.5g}")
@@ -687,10 +690,17 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
         x = x.float().mean(1, keepdim=True).round().to(torch.uint8)
     return Images(x, y, name)
 
-def train_and_test(args, batch, images):
+def load_on_device(args, name, split, channels=None, side=None):
+    """A data set on args.device. Pictures in files are read into memory, if they are not too many."""
+    images = load_images(name, split, args.data_dir, channels, side)
+    if isinstance(images, Pictures) and len(images) < 100_000:
+        images = in_memory(images)
+    return images.to(args.device)
+
+def train_and_test(args, batch, images, side=None):
     """Both splits of args.dataset, on the device; UserError where they have too few images."""
-    data = load_images(args.dataset, "train", args.data_dir).to(args.device)
-    test = load_images(args.dataset, "test", args.data_dir).to(args.device)
+    data = load_on_device(args, args.dataset, "train", None, side)
+    test = load_on_device(args, args.dataset, "test", None, side)
     if images > len(test) or batch > len(data):
         raise UserError(f"--images, --batch: {args.dataset} has {len(test)} to test, {len(data)} to train")
     return data, test

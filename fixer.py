@@ -2,41 +2,45 @@ r"""The Fixer: a network behind purification that repairs what Langevin chains l
 
 Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image Models", chapter 5.
 
-An attack changes an image so little that nobody sees it, and yet a naturally trained classifier f misreads
-it. Purification shows f only the end of a random walk from the image. An energy U is a network that gives an
-image one number, low for images like the training data. A chain takes many small noisy steps down that energy
-(Langevin dynamics), and loses the attack on the way. But it also frays strokes and leaves the noise of its
-last steps, so that f misreads images that nobody attacked. Here an image-to-image network G learns to lead
-purified natural images back to the images they came from, and stands in between: f(G(T(x))). Energy and
-classifier stay as they are, and G never sees an attacked image.
+An attack changes an image so little that nobody sees it, and yet an ordinarily ("naturally") trained
+classifier f misreads it. Purification shows f only the end of a random walk from the image. An energy U is
+a network that gives an image one number, low for images like the training data. A chain takes many small
+noisy steps down that energy (Langevin dynamics), and loses the attack on the way. But it also frays strokes
+and leaves the noise of its last steps, so that f misreads images that nobody attacked. Here an
+image-to-image network G learns to lead purified natural (unattacked) images back to the images they came
+from, and stands in between: f(G(P(x))). Energy and classifier stay as they are, and G is never trained on
+an attacked image.
 
-    U(x) = V(x) / T: energy, LOW = in-distribution; T the temperature. T(x): image x after K steps of a chain.
-    Pixels in [0, 1] everywhere; networks scale inside. Neither chains nor G's output are ever clamped.
+    U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature.
+    P(x): image x after K steps of a chain (the source calls it another T, and so do the tables)
+    Pixels are in [0, 1]; networks scale inside. Neither chains nor G's output are ever clamped.
 
     (2.3)  A step of a chain: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
-    (5.1)  F(x) = E[f(G(T(x)))].  (5.2) F_H: mean logits of H chains.  (5.3) Phase 1: |G(T(x)) - x|^2, mean
-    (5.4)  Phase 2, perceptual: |phi_j(G(T(x))) - phi_j(x)|^2 / (C_j H_j W_j). phi_j is a layer of the loss
-           network: two images count as alike where that network sees the same in them.
+    (5.1)  F(x) = E[f(G(P(x)))].  (5.2) F_H: mean logits of H chains
+    (5.3)  Phase 1: mean of |G(P(x)) - x|^2
+    (5.4)  Phase 2, perceptual: |phi(G(P(x))) - phi(x)|^2 / (C H W), phi: the first layers of a loss network,
+           with C H W outputs. Two images count as alike where that network sees the same in them.
 
-Pairs (T(x), x) are made with exactly the chains of the defence, kept in files, and drawn anew every few
-epochs. Phase 2 keeps the weights of the lowest validation loss, on pairs that G never saw.
+Pairs (P(x), x) come from exactly the defence's chains, drawn anew every few epochs. Phase 2 keeps the weights
+of the lowest validation loss, on pairs that G never saw.
 Attacks are PGD (projected gradient descent: steps up the loss, back into a ball around the image). EOT
-(expectation over transformation) averages the gradient over chains. BPDA (backward pass differentiable
-approximation) takes the identity for the derivative of T, and in the source for that of G as well ("around
-G, T"). A second attack goes through G, a third one also through the last steps of the chain, with a smooth
-stand-in for V. All meet the same images; an image counts only if it survives all of them.
-
+(expectation over transformation): the loss is that of the mean logits of many chains. BPDA (backward pass
+differentiable approximation) takes the identity for the derivative of P, and in the source for that of G as
+well ("around G, T"). A second attack goes through G. A third also goes through the chain's last steps,
+which needs V's second derivative; that is 0 with leaky ReLU, hence a smooth stand-in for V. PGD images made
+for f and for f behind G, without chains, are tried too. "Worst": images that survive all of these. An image
+that is misread before any attack counts as broken.
 Commands (two cores; all numbers: results/fixer.md):
-    python fixer.py                     10 min: accuracy under the worst attack .61, with the Fixer .95
+    python fixer.py                     7 min: accuracy under the worst attack .61, with the Fixer .95
     python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
     python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
-The energy is the mid-run energy of lifecycle_midrun.py, which is run first where --out holds none; "mid-run"
-is the defence without G. The log: train is a phase's loss, val that after the epoch on pairs G never saw.
-
-Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or, without
-its weights (vgg16-397923af.pth in --data-dir), a layer of f. Naturally wrong images count as broken. Glyphs
-and MNIST are not in the source; their tau is four times the energy's own: smaller steps spoil nothing.
+The energy is that of lifecycle_midrun.py, learned for chains about as long as the defence's ("mid-run").
+That script is run first where --out holds none. "mid-run" in tables is the defence without G. The log:
+train is the mean loss during an epoch, val the loss after it on held-out pairs.
+Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or,
+without its weights (vgg16-397923af.pth in --data-dir), a layer of f. Glyphs and MNIST are not in the
+source; tau there is four times that of the energy's training, so that chains do damage to repair.
 """
 
 import copy
@@ -59,7 +63,7 @@ from common import once, rate, repeat, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-SETTINGS = common.settings(
+SETTINGS = common.settings(  # a row: a value for each column, then its help
     columns=("glyphs", "mnist", "cifar10", "imagenet", "cifar10-paper", "imagenet-paper"),
     smoke=dict(f_iters=3, f_width=1, width=0.05, pairs=8, held=4, refresh=1, mse_epochs=2,
                perceptual_epochs=2, patience=1, batch=4, k=3, h_def=3, h_adv=2, n=2, n_last=1, last=2,
@@ -81,7 +85,7 @@ SETTINGS = common.settings(
     lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, "rate of Adam"),
     batch=(50, 50, 64, 16, 64, 16, "pairs in an update"),
     # the defence and its attack
-    tau=(0.06, 0.06, 0.005, 0.01, 0.005, 0.01, "noise of a Langevin step; half the source's"),
+    tau=(0.06, 0.06, 0.005, 0.01, 0.005, 0.01, "noise of a Langevin step; photos: half the source's"),
     k=(50, 50, 200, 200, 2000, 200, "K: Langevin steps of the defence and of the pairs"),
     h_def=(24, 24, 25, 64, 128, 64, "chains of a verdict"),
     h_adv=(6, 6, 8, 24, 48, 24, "chains of an attack's gradient"),
@@ -112,7 +116,7 @@ def soft_langevin(x, steps, V, smooth, tau, T):
     for _ in range(steps):
         (slope,) = torch.autograd.grad(smooth(x).float().sum(), x, create_graph=True)
         soft = x - tau**2 / (2 * T) * slope
-        x = soft + (langevin_step(x, V, tau, T) - soft).detach()
+        x = soft + (langevin_step(x, V, tau, T) - soft).detach()  # the true value, soft's derivative
     return x
 
 # --- the energy, from lifecycle_midrun.py -------------------------------------------------------------------
@@ -122,7 +126,7 @@ def midrun_energy(args, shape):
     file = args.out / f"lifecycle_midrun-{args.dataset}" / "energy.pt"
     if not finished(file, args.budget):
         script = Path(__file__).with_name("lifecycle_midrun.py")
-        command = [sys.executable, str(script), "--only", "figure3.2"]
+        command = [sys.executable, str(script), "--only", "figure3.2"]  # its energy
         for flag in "dataset budget out data-dir seed device".split():
             command += [f"--{flag}", str(getattr(args, flag.replace("-", "_")))]
         print(f"no finished energy in {file}; running {' '.join(command)}", flush=True)
@@ -138,14 +142,14 @@ def midrun_energy(args, shape):
     return V.to(args.device).requires_grad_(False), made_from
 
 def finished(file, budget):
-    """Whether this energy's training has ended, and was no smoke run where this is none."""
+    """Whether this energy's training has ended; one of a smoke run serves smoke runs only."""
     state = common.read_checkpoint(file) if file.exists() else {"finished": False}
     return state.get("finished", True) and (budget == "smoke" or not state.get("smoke"))
 
 # --- the Fixer ----------------------------------------------------------------------------------------------
 
 class Fixer(nn.Module):
-    """G: x [B, C, S, S] plus what an SNGAN generator without up-sampling makes of x; first the identity."""
+    """G: x [B, C, S, S] plus what an SNGAN generator without up-sampling makes of x; at first x alone."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -158,10 +162,10 @@ class Fixer(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(self, x):
-        return x + self.body(2 * x - 1) / 2
+        return x + self.body(2 * x - 1) / 2  # the body works in [-1, 1]
 
 def perceptual_loss(x, target, layers, mean, std):
-    """Eq. 5.4, mean over the batch: [B, C, S, S] twice -> 0-d. layers: phi_j; three means repeat grey."""
+    """Eq. 5.4, mean over the batch: [B, C, S, S] twice -> 0-d. layers: phi; three means make grey RGB."""
     maps = layers((torch.cat([x, target]) - mean) / std).float()  # [2 B, C_j, H_j, W_j]
     return F.mse_loss(*maps.chunk(2))
 
@@ -178,9 +182,9 @@ def make_perceptual(vgg_file, f, device):
 
 @seeded
 def purified(run, chain, images, K, draw=0):
-    """T(x) of Images -> float16 [n, C, S, S], kept in a file. draw: how often chains were drawn before."""
+    """P(x) of Images -> float16 [n, C, S, S], kept in a file. draw: how often chains were drawn before."""
     z = torch.zeros(len(images), *images.shape, dtype=torch.float16)
-    torch.manual_seed(run.seed + 1000 * draw + len(images))
+    torch.manual_seed(run.seed + 1000 * draw + len(images))  # other noise in each draw, and for each set
     made_from = {"chain": chain, "K": K, "images": images}
     pairs = Training(run, f"{images.name}-{K}-{draw}", made_from, advice="a lower --tau", z=z)
     parts = torch.arange(len(images)).split(PART)
@@ -192,7 +196,7 @@ def purified(run, chain, images, K, draw=0):
     return z
 
 def pair_loss(run, loss, G, z, images, rows):
-    """Loss of G on these rows of the pairs, T(x) [n, C, S, S] float16 and Images x -> 0-d."""
+    """Loss of G on these rows of the pairs, P(x) [n, C, S, S] float16 and Images x -> 0-d."""
     x = images.take(rows).to(run.device)
     with fast_precision(run.device):
         return loss(G(z[rows].to(run.device).float()), x)
@@ -209,10 +213,8 @@ def mean_loss(run, s, loss, G, z, images):
 @seeded
 def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None, early=True):
     """Sec. 5.2.1: learn G from pairs of K steps -> G, frozen. G.losses: [training, validation] an epoch.
-
     start: the G to go on from. early: keep the weights of the lowest validation loss, and end `patience`
-    epochs later; else keep the last ones.
-    """
+    epochs later; else keep the last ones."""
     G = Fixer(learned.shape[0], round(64 * s.width))
     if start:
         G.load_state_dict(start.state_dict())
@@ -229,7 +231,8 @@ def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None,
     for epoch in training.updates(epochs, "epoch"):
         z = purified(run, chain, learned, K, (before + epoch - 1) // s.refresh)
         G.train()
-        batches = common.shuffled(len(z), run.seed + epoch).split(s.batch)[: len(z) // s.batch]
+        order = common.shuffled(len(z), run.seed + epoch)
+        batches = order.split(s.batch)[: len(z) // s.batch]  # whole batches
         total = 0.0
         for rows in batches:
             error = pair_loss(run, loss, G, z, learned, rows)
@@ -277,12 +280,12 @@ def pgd_step(x, f, x0, y, ball):
 
 def pgd(f, x, y, steps, ball):
     """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
-    training = f.training
+    was_training = f.training
     f.eval()
     attacked = []
     for x0, labels in zip(x.split(250), y.split(250)):
         attacked.append(repeat(pgd_step, ball.start(x0), steps, f, x0, labels, ball))
-    f.train(training)
+    f.train(was_training)
     return torch.cat(attacked)
 
 def stay(x, steps):
@@ -293,13 +296,13 @@ def stay(x, steps):
 class Defence:
     """F_H of Eq. 5.2: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
     f: nn.Module
-    K: int = 0
+    K: int = 0  # without chains, all H would be equal: H = 1
     chain: object = stay  # chain(x, steps): ends of chains
     soft_chain: object = stay  # the same with a derivative
     chunk: int = 250
 
     def purify(self, x, H, steps):
-        """T(x): the ends of H chains an image [H * B, C, S, S]; chain h of image b in row h * B + b."""
+        """P(x): the ends of H chains an image [H * B, C, S, S]; chain h of image b in row h * B + b."""
         return by_parts(partial(self.chain, steps=steps), x.repeat(H, 1, 1, 1), self.chunk)
 
     @torch.no_grad()
@@ -319,21 +322,18 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """BPDA+EOT: F_H [B, classes], and the gradient of its loss, averaged over the chains [B, C, S, S].
-
-        last = 0: BPDA, the identity for T. Else back through the last steps of the chain.
-        """
+        """EOT: F_H [B, classes], and its loss' gradient [B, C, S, S]; last = 0: BPDA."""
         H = H if self.K else 1
         logits, gradients = [], []
-        few = max(self.chunk // H, 1)
-        for part, labels in zip(x.split(few), y.split(few)):
+        size = max(self.chunk // H, 1)
+        for part, labels in zip(x.split(size), y.split(size)):
             z = self.purify(part, H, self.K - last).requires_grad_(True)
             with torch.enable_grad(), fast_precision(x.device):
                 ends = self.soft_chain(z, last)
                 F_H = self.f(ends).float().unflatten(0, (H, len(part))).mean(0)
             (gradient,) = torch.autograd.grad(self.loss(F_H, labels), z)
             logits.append(F_H.detach())
-            gradients.append(gradient.unflatten(0, (H, len(part))).mean(0))
+            gradients.append(gradient.unflatten(0, (H, len(part))).sum(0))
         return torch.cat(logits), torch.cat(gradients)
 
     def loss(self, F_H, y):
@@ -358,13 +358,15 @@ class Outcome(NamedTuple):
     natural: torch.Tensor  # bool [n]: right before it
     robust: torch.Tensor  # bool [n]: right after it
     record: torch.Tensor  # bool [1 + restarts (N + 1), n], row t: right up to the t-th evaluation
-    x: torch.Tensor  # what broke an image, else the last one tried; itself where it is wrong
+    x: torch.Tensor  # what broke an image, else the last one tried; the image itself if it was misread before
     attack: Attack
 
 @seeded
-def eot_attack(run, defence, x0, y, a):
-    """The attack (as in ch. 2) on images x0 [n, C, S, S], labels y -> Outcome. Can be interrupted."""
-    x, evaluations = x0.clone(), a.restarts * (a.N + 1)
+def eot_attack(run, defence, x0, y, attack):
+    """The attack (Alg. 1 of ch. 2) on images x0 [n, C, S, S], labels y -> Outcome. Can be interrupted."""
+    x = x0.clone()
+    period = attack.N + 1
+    evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
     made_from = {
         "f": defence.f,
@@ -372,30 +374,30 @@ def eot_attack(run, defence, x0, y, a):
         "K": defence.K,
         "images": x0,
         "labels": y,
-        "attack": a,
+        "attack": attack,
     }
-    attack = Training(run, "attack", made_from, unique=True, x=x, record=record)
-    if attack.it == 0:
-        record[0] = defence.right(defence.predict(x, a.H_def), y)
-    for t in attack.updates(evaluations, "evaluation"):
+    progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
+    if progress.it == 0:
+        record[0] = defence.right(defence.predict(x, attack.H_def), y)
+    for t in progress.updates(evaluations, "evaluation"):
         still = record[t - 1].clone()
         alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
-            if t % (a.N + 1) == 1:
-                x[alive] = a.ball.start(x0)[alive]
-            logits, gradient = defence.gradient(x[alive], y[alive], a.H_adv, a.last)
+            if t % period == 1:
+                x[alive] = attack.ball.start(x0)[alive]  # draws do not depend on who is alive
+            logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
-            if len(broken):
-                verdict = defence.predict(x[broken], a.H_def)
+            if len(broken):  # fresh chains have the last word
+                verdict = defence.predict(x[broken], attack.H_def)
                 broken = broken[~defence.right(verdict, y[broken])]
             still[broken] = False
-            if t % (a.N + 1):  # no step after a restart's last evaluation
+            if t % period:  # no step after a restart's last evaluation
                 left = still[alive]
                 alive = alive[left]
-                x[alive] = a.ball.ascend(x[alive], x0[alive], gradient[left])
+                x[alive] = attack.ball.ascend(x[alive], x0[alive], gradient[left])
         record[t] = still
-        attack.log(right=int(still.sum()))
-    return Outcome(record[0], record[-1], record, x, a)
+        progress.log(right=int(still.sum()))
+    return Outcome(record[0], record[-1], record, x, attack)
 
 @torch.no_grad()
 def outputs(net, x):
@@ -408,7 +410,7 @@ def behind(G, f):
     return nn.Sequential(G, f).eval()
 
 def chain_and_fixer(x, steps, chain, G):
-    """G(T(x)) as the end of a chain: G counts as part of T, and BPDA takes the identity for both."""
+    """G(P(x)) as the end of a chain: G counts as part of P, and BPDA takes the identity for both."""
     return outputs(G, chain(x, steps))
 
 def noise(x, steps, size):
@@ -425,24 +427,25 @@ def same_chains(run, defence, x, H):
 def table_5_1(run, s, f, midrun, through, around, x, y, attack):
     """Natural and robust accuracy of the mid-run defence, and of the same with the Fixer."""
     rows, transferred = [], {}
+    one = attack._replace(H_adv=1, H_def=1)  # without chains there is nothing to average
     for title, net in (("f", f), ("f behind G", through.f)):
-        outcome = eot_attack(run, Defence(net), x, y, attack)
+        outcome = eot_attack(run, Defence(net), x, y, one)
         rows.append(rate(f"natural acc, {title}, no chains", outcome.natural))
         rows.append(rate(f"robust acc, {title}, no chains", outcome.robust, eps=s.eps))
-        transferred[f"PGD images of {title}"] = pgd(net, x, y, s.n, attack.ball)
+        transferred[f"PGD images of {title}"] = pgd(net, x, y, s.n, attack.ball)  # all steps
     fixers = {"BPDA+EOT through G": through, "BPDA+EOT around G, T": around}
     models = (("mid-run", midrun, {"BPDA+EOT": midrun}), ("Fixer", through, fixers))
     for model, defence, direct in models:
-        last = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
-        right = {"through the last steps": last.robust}
+        late = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
+        right = {"through the last steps": late.robust}
         for name, attacked in direct.items():
             right[name] = eot_attack(run, attacked, x, y, attack).robust
         for name, images in transferred.items():
-            right[name] = last.natural & (defence.predict(images, s.h_def) == y)
+            right[name] = late.natural & (defence.predict(images, s.h_def) == y)
         right["worst of these"] = torch.stack(list(right.values())).all(0)
-        rows.append(rate(f"natural acc, {model}", last.natural, K=s.k))
-        for name, held in right.items():
-            rows.append(rate(f"robust acc, {model}, {name}", held, eps=s.eps))
+        rows.append(rate(f"natural acc, {model}", late.natural, K=s.k))
+        for name, survived in right.items():
+            rows.append(rate(f"robust acc, {model}, {name}", survived, eps=s.eps))
     return rows
 
 def figure_5_2(run, s, midrun, held, perceptual, first, G):
@@ -484,17 +487,17 @@ def stronger(run, s, midrun, through, around, few, attack):
     rows = []
     for title, defences in (("mid-run", [midrun]), ("Fixer", [through, around])):
         worst = []
-        for way, a in ways.items():
-            right = [eot_attack(run, defence, *few, a).robust for defence in defences]
-            held = torch.stack(right).all(0)
-            rows.append(rate(f"robust acc, {title}, {way}", held, eps=s.eps, N=a.N))
-            worst.append(held)
-        held = torch.stack(worst).all(0)
-        rows.append(rate(f"robust acc, {title}, worst of these", held, eps=s.eps))
+        for way, variant in ways.items():
+            right = [eot_attack(run, defence, *few, variant).robust for defence in defences]
+            survived = torch.stack(right).all(0)
+            rows.append(rate(f"robust acc, {title}, {way}", survived, eps=s.eps, N=variant.N))
+            worst.append(survived)
+        survived = torch.stack(worst).all(0)
+        rows.append(rate(f"robust acc, {title}, worst of these", survived, eps=s.eps))
     return rows
 
 def upperbound(run, f, midrun, through, x_many, y_many):
-    """Natural accuracy of f on images, on the ends of chains, and with the Fixer: is the gap closed?"""
+    """f(x) is the most that G can reach, f(P(x)) is where it starts: how much of the gap does it close?"""
     clean = outputs(f, x_many).argmax(1) == y_many
     before = same_chains(run, midrun, x_many, 1)[0].argmax(1) == y_many
     after = same_chains(run, through, x_many, 1)[0].argmax(1) == y_many
@@ -520,7 +523,7 @@ def compared(run, s, defence, networks, few, x_many, y_many, attack):
     return rows
 
 def ablation(run, s, learn, perceptual, first, G, f, midrun, few, x_many, y_many, attack):
-    """G of one loss alone, for as many epochs as both have together; and G of pairs of another K."""
+    """G of one loss alone, for at most as many epochs as both have together; and G of pairs of K / 5."""
     K = max(s.k // 5, 1)
     both = s.mse_epochs + s.perceptual_epochs
     start = learn("mse-other", loss=F.mse_loss, epochs=s.mse_epochs, early=False, K=K)
@@ -557,11 +560,8 @@ EXPERIMENTS = common.experiments(
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
-    counts = (
-        "pairs held refresh mse_epochs perceptual_epochs patience k h_def h_adv n n_last "
-        "last images few natural"
-    )
-    common.at_least(1, s, counts)
+    common.at_least(1, s, "pairs held refresh mse_epochs perceptual_epochs patience k h_def h_adv n")
+    common.at_least(1, s, "n_last last images few natural")
     common.at_least(2, s, "batch")
     common.above_0(s, "tau")
     common.check_radius(s.eps)
@@ -577,7 +577,7 @@ def subset(name, data, seed, part):
     if isinstance(data, common.Images):
         index = index.to(data.x.device)
         return common.Images(data.x[index], data.y[index], name)
-    labels = common.folder_labels(data)[index]  # ranks among all folders
+    labels = common.folder_labels(data)[index]
     files = [data.files[i] for i in index]
     pictures = common.in_memory(common.Pictures(files, data.side, name))
     return common.Images(pictures.x, labels, name)
@@ -601,7 +601,7 @@ def main(argv=None):
         )
     classes = 1000 if folders else common.IN_MEMORY[args.dataset][2]
     build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)
-    build_f()  # what can be wrong is said before any work
+    build_f()  # a bad width fails here, not after an hour
     unseen = "pretrained50" if folders else "resnet18"
     build_other = partial(common.make_net, unseen, classes, data.shape, 0.25)
     V, energy = midrun_energy(args, data.shape)
@@ -614,7 +614,7 @@ def main(argv=None):
     chain = partial(langevin, **settings)
     soft_chain = partial(soft_langevin, smooth=common.smoothed(V, BETA), **settings)
     augment = "crop_flip" if data.shape[0] == 3 else "none"
-    updates = 0 if folders else s.f_iters  # else they are pretrained
+    updates = 0 if folders else s.f_iters  # 0: torchvision's weights
     train = partial(common.train_classifier, run, data=data, iterations=updates, augment=augment)
     learn = partial(train_phase, run, s, chain=chain, learned=learned, held=held, K=s.k)
 

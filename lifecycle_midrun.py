@@ -6,39 +6,39 @@ An attack changes an image so little that nobody sees it, and yet a classifier f
 a network that gives an image one number, low for images like the training data. A chain starts at an image
 and takes many small steps down the energy, each with some noise (Langevin dynamics). It forgets the attack
 long before it forgets the class. stochastic_security.py asks for chains that stay realistic for ever, which
-is hard to learn. A defence runs them for K_def steps only, so a mid-run energy learns from chains that live
-about so long. A bank keeps their states. After an update each state dies with probability p, and a training
-image takes its place. No label is needed: one energy defends any network that sees such images.
+is hard to learn. A defence runs them for K steps only, so a mid-run energy learns from chains that live a
+few times as long. A bank keeps their states between updates. Each state that an update has just used dies
+with probability p, and a training image takes its place. No label is needed: one energy defends any network
+that sees such images.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
-    Pixels in [0, 1] everywhere; networks scale inside. The source's tau is for [-1, 1]: halve it.
-    (2.2)   dL = E_data[dU(x)] - E_chains[dU(x)]: pull the energy of data down, push that of chains up
+    Pixels are in [0, 1]; networks scale inside. The source's tau is for [-1, 1]; the table has it halved.
+    (2.2)   d = E_data[U] - E_chains[U], which V's weights minimise: the energy of data down, of chains up
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
-    Alg. 4  A batch of the bank takes K = k_train steps (2.3), V an update, and the states go back. Each dies
-            with probability p: a life of K / p steps, here 2 to 10 times K_def. Ages follow the geometric law
-            p (1 - p)^visits. The rate falls to a tenth four times: chains of all ages meet one energy.
-    (3.1)   F(x) = E[f(T(x))], T(x): K_def steps from x.  (3.2) F_H: mean logits of H chains.
-    (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): the loss is that of
-            F_H. BPDA (backward pass differentiable approximation): T counts as the identity.
+    Alg. 4  A batch of the bank takes k_train steps (2.3), V takes an update, and the states go back. Each of
+            them dies with probability p: a mean life of k_train / p steps, here 2 to 10 times K; (1 - p)^n
+            outlive n visits. The learning rate falls to a tenth four times: in the end V hardly moves.
+    (3.1)   F(x) = E[f(P(x))], P(x): where K steps from x end (source: T).  (3.2) F_H: mean logits of H chains
+    (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the loss of
+            F_H. BPDA (backward pass differentiable approximation): P's derivative counts as the identity.
     Alg. 3  PGD (projected gradient descent: steps up the loss, back into the ball) with that gradient. N + 1
             evaluations by H_adv chains. What looks broken is judged again by H_def fresh chains.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
     (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (misprinted in the source)
     (4.3)   A segmentation is right if Dice(attacked and purified) is at least half of Dice(clean).
-
 Commands (two cores; more numbers in results/):
-    python lifecycle_midrun.py                    11 min: robust accuracy .03 without, .88 with the defence
+    python lifecycle_midrun.py                    7 min: robust accuracy .03 without, .88 with the defence
+    python lifecycle_midrun.py --only table4.2    3 min more: the same energy before a segmentation network
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
     python lifecycle_midrun.py --dataset cifar10  a GPU; --budget paper: the published settings
-The log. d: energy of data minus that of chains. moved: root mean square of pixels by which an update moved
-its chains (noise alone: tau sqrt(K)). age: mean of the bank, in steps. The score's loss starts at 1.
+The log. d: energy of data minus that of chains. moved: root mean square of pixels by which k_train steps
+moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in steps.
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
-They come after the update (code: before). K_def = 2000 as the code (text: 1500). Short- and long-run energies
-are Alg. 4 with p = 1/2 and smaller steps, with p / 20 and twice the updates. ImageNet: an SNGAN's energy as
-in ch. 4 (code: BigGAN's), centre crops, mean logits (code: softmax outputs, a weaker attack). Masks name the
-digit of ink (source: pets). Offline, symbols stand in for flowers.
+They enter after the update (code: before). K = 2000 as the code (text: 1500). Alg. 4 also makes the
+short-run energy (p = 1/2, .4 tau, rate 1e-4) and the long-run one (p / 20, twice the updates). ImageNet:
+ch. 4's network (code: BigGAN's), centre crops, mean logits (code: softmax outputs, a weaker attack). Masks
+hold a digit's class + 1 at its ink (source: pets). Offline, symbols stand in for flowers.
 """
-
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -49,11 +49,11 @@ from torch import nn
 
 import common
 from common import Diverged, Images, Training, UserError, by_parts, fast_precision, follow, frozen_copy
-from common import input_gradient, once, rate, repeat, seeded, value
+from common import input_gradient, load_on_device, once, rate, repeat, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-SETTINGS = common.settings(
+SETTINGS = common.settings(  # a row: a value for each column, then its help
     columns=("glyphs", "mnist", "cifar10 tinyimagenet", "cifar10-paper", "imagenet imagenet-paper"),
     smoke=dict(f_width=1, f_iters=3, u_iters=2, width=0.05, updates=6, batch=4, bank=8, k_train=2, k=3,
                h_def=3, h_adv=2, n=2, n_last=1, last=2, images=8, few=4),
@@ -67,25 +67,25 @@ SETTINGS = common.settings(
     lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, at first"),
     batch=(64, 64, 100, 128, 64, "data images, and as many chains, in an update"),
     bank=(1024, 1024, 5000, 19_968, 9984, "states, a multiple of the batch"),
-    k_train=(20, 20, 50, 100, 100, "K: Langevin steps of an update"),
-    p=(0.05, 0.05, 0.05, 0.025, 0.05, "probability that a state is replaced after an update"),
+    k_train=(20, 20, 50, 100, 100, "Langevin steps of an update"),
+    p=(0.05, 0.05, 0.05, 0.025, 0.05, "probability that a state is replaced after a visit"),
     tau=(0.015, 0.015, 0.005, 0.005, 0.01, "noise of a Langevin step; half the source's"),
     temperature=(1e-4, 1e-4, 1e-4, 1e-4, 1e-5, "T"),
     data_noise=(0.03, 0.03, 0.01, 0.01, 0.015, "noise on the data in training; half the source's"),
-    k=(75, 100, 500, 2000, 200, "K_def: Langevin steps of the defence"),
+    k=(75, 100, 500, 2000, 200, "K: Langevin steps of the defence"),
     h_def=(24, 24, 50, 128, 64, "chains of a verdict"),
     h_adv=(6, 6, 8, 48, 24, "chains of an attack's gradient"),
     n=(20, 20, 20, 50, 50, "N: steps of the attack"),
     eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, "l_inf radius of the attack"),
     step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
     last=(5, 5, 5, 10, 10, "last steps of the chain that a second attack differentiates"),
-    n_last=(6, 6, 10, 50, 50, "N of that attack"),
-    images=(100, 100, 200, 5000, 10_000, "test images under attack"),
+    n_last=(6, 6, 10, 50, 50, "N of that attack, and in figures 3.3 and 3.4"),
+    images=(100, 100, 200, 5000, 10_000, "test images under attack; figure 3.1 starts from 3 times as many"),
     few=(50, 50, 100, 125, 125, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "data set of table 4.1"),
     u_iters=(1000, 1000, 3000, 50_000, 50_000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )
-BETA = 20.0  # sharpness of a smooth stand-in for (leaky) ReLU, whose second derivative is 0
+BETA = 20.0  # sharpness of a smooth stand-in for (leaky) ReLU: a gradient through a step needs V's second one
 SIGMA = 0.01  # noise that the score network takes off, [0, 1] pixels
 ETA = SIGMA / 2  # noise of a step of its chains
 
@@ -104,7 +104,7 @@ def soft_langevin(x, steps, V, smooth, tau, T):
     for _ in range(steps):
         (slope,) = torch.autograd.grad(smooth(x).float().sum(), x, create_graph=True)
         soft = x - tau**2 / (2 * T) * slope
-        x = soft + (langevin_step(x, V, tau, T) - soft).detach()
+        x = soft + (langevin_step(x, V, tau, T) - soft).detach()  # the true value, soft's derivative
     return x
 
 def score_step(x, net):
@@ -140,18 +140,16 @@ def train_midrun(run, s, data, name="energy"):
     bank = data.take(torch.randint(len(data), (s.bank,))).to(run.device)
     age = torch.zeros(s.bank, dtype=torch.long, device=run.device)
     adam = torch.optim.Adam(V.parameters(), s.lr)
-    tenths = [int(part * s.updates) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, tenths)
-    made_from = common.pick(
-        s, "net width updates lr batch bank k_train p temperature data_noise"
-    )
+    drops = [int(part * s.updates) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)]  # the rate falls to a tenth
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, drops)
+    made_from = common.pick(s, "net width updates lr batch bank k_train p temperature data_noise")
     made_from.update(tau_train=s.tau, images=data)
     training = Training(
         run,
         name,
         made_from,
-        {"moved": 1},
-        "a lower --lr",
+        limits={"moved": 1},
+        advice="a lower --lr",
         V=V,
         bank=bank,
         age=age,
@@ -167,7 +165,7 @@ def train_midrun(run, s, data, name="energy"):
         chains = langevin(bank[rows], s.k_train, V_fast, s.tau, s.temperature)
         with fast_precision(run.device):
             v_data, v_chains = V(torch.cat([x, chains]))[:, 0].float().chunk(2)
-        d = (v_data.mean() - v_chains.mean()) / s.temperature  # its gradient is Eq. 2.2
+        d = (v_data.mean() - v_chains.mean()) / s.temperature  # Eq. 2.2
         descend(adam, d)
         schedule.step()
         moved = (chains - bank[rows]).square().mean().sqrt()
@@ -187,7 +185,7 @@ def double_conv(c_in, c_out, norm):
 class UNet(nn.Module):
     """U-Net: images of shape (C, S, S) -> [B, outputs, S, S]. Another one inside works at half the side."""
 
-    def __init__(self, outputs, shape, width=1.0, norm=nn.BatchNorm2d):
+    def __init__(self, outputs, shape, norm=nn.BatchNorm2d):
         super().__init__()
         channels, side, _ = shape
         c = max(2 * channels, 16)
@@ -207,7 +205,7 @@ class UNet(nn.Module):
 
 @seeded
 def train_score(run, s, data):
-    """Denoising score matching at one sigma: net(x + sigma z) is to be -z; then net / sigma is the score."""
+    """Denoising score matching: net(x + sigma z) learns -z; then net / sigma is the noisy data's score."""
     net = UNet(data.shape[0], data.shape, norm=nn.Identity).to(run.device)
     adam = torch.optim.Adam(net.parameters())
     made_from = {"net": net, "updates": s.u_iters, "batch": s.batch, "images": data}
@@ -251,12 +249,12 @@ def pgd_step(x, f, x0, y, ball):
 
 def pgd(f, x, y, steps, ball):
     """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
-    training = f.training
+    was_training = f.training
     f.eval()
     attacked = []
     for x0, labels in zip(x.split(250), y.split(250)):
         attacked.append(repeat(pgd_step, ball.start(x0), steps, f, x0, labels, ball))
-    f.train(training)
+    f.train(was_training)
     return torch.cat(attacked)
 
 def stay(x, steps):
@@ -267,13 +265,13 @@ def stay(x, steps):
 class Defence:
     """F_H of Eq. 3.2: mean logits of f at the ends of H chains of K steps. Defence(f): f alone, H = 1."""
     f: nn.Module
-    K: int = 0
+    K: int = 0  # without chains, all H would be equal: H = 1
     chain: object = stay  # chain(x, steps): ends of chains
     soft_chain: object = stay  # the same with a derivative
     chunk: int = 250
 
     def purify(self, x, H, steps):
-        """T(x): the ends of H chains an image [H * B, C, S, S]; chain h of image b in row h * B + b."""
+        """P(x): the ends of H chains an image [H * B, C, S, S]; chain h of image b in row h * B + b."""
         return by_parts(partial(self.chain, steps=steps), x.repeat(H, 1, 1, 1), self.chunk)
 
     @torch.no_grad()
@@ -293,18 +291,18 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 3.3: F_H [B, classes], and the gradient of its loss, averaged over chains; last = 0: BPDA."""
+        """Eq. 3.3: F_H [B, classes] and its loss' gradient [B, C, S, S]; last = 0: BPDA."""
         H = H if self.K else 1
         logits, gradients = [], []
-        few = max(self.chunk // H, 1)
-        for part, labels in zip(x.split(few), y.split(few)):
+        size = max(self.chunk // H, 1)
+        for part, labels in zip(x.split(size), y.split(size)):
             z = self.purify(part, H, self.K - last).requires_grad_(True)
             with torch.enable_grad(), fast_precision(x.device):
                 ends = self.soft_chain(z, last)
                 F_H = self.f(ends).float().unflatten(0, (H, len(part))).mean(0)
             (gradient,) = torch.autograd.grad(self.loss(F_H, labels), z)
             logits.append(F_H.detach())
-            gradients.append(gradient.unflatten(0, (H, len(part))).mean(0))
+            gradients.append(gradient.unflatten(0, (H, len(part))).sum(0))
         return torch.cat(logits), torch.cat(gradients)
 
     def loss(self, F_H, y):
@@ -329,13 +327,15 @@ class Outcome(NamedTuple):
     natural: torch.Tensor  # bool [n]: right before it
     robust: torch.Tensor  # bool [n]: right after it
     record: torch.Tensor  # bool [1 + restarts (N + 1), n], row t: right up to the t-th evaluation
-    x: torch.Tensor  # what broke an image, else the last one tried; itself where it is wrong
+    x: torch.Tensor  # what broke an image, else the last one tried; the image itself if it was misread before
     attack: Attack
 
 @seeded
-def eot_attack(run, defence, x0, y, a):
+def eot_attack(run, defence, x0, y, attack):
     """Algorithm 3 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
-    x, evaluations = x0.clone(), a.restarts * (a.N + 1)
+    x = x0.clone()
+    period = attack.N + 1
+    evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
     made_from = {
         "f": defence.f,
@@ -343,30 +343,30 @@ def eot_attack(run, defence, x0, y, a):
         "K": defence.K,
         "images": x0,
         "labels": y,
-        "attack": a,
+        "attack": attack,
     }
-    attack = Training(run, "attack", made_from, unique=True, x=x, record=record)
-    if attack.it == 0:
-        record[0] = defence.right(defence.predict(x, a.H_def), y)
-    for t in attack.updates(evaluations, "evaluation"):
+    progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
+    if progress.it == 0:
+        record[0] = defence.right(defence.predict(x, attack.H_def), y)
+    for t in progress.updates(evaluations, "evaluation"):
         still = record[t - 1].clone()
         alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
-            if t % (a.N + 1) == 1:
-                x[alive] = a.ball.start(x0)[alive]
-            logits, gradient = defence.gradient(x[alive], y[alive], a.H_adv, a.last)
+            if t % period == 1:
+                x[alive] = attack.ball.start(x0)[alive]  # draws do not depend on who is alive
+            logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
-            if len(broken):
-                verdict = defence.predict(x[broken], a.H_def)
+            if len(broken):  # fresh chains have the last word
+                verdict = defence.predict(x[broken], attack.H_def)
                 broken = broken[~defence.right(verdict, y[broken])]
             still[broken] = False
-            if t % (a.N + 1):  # no step after a restart's last evaluation
+            if t % period:  # no step after a restart's last evaluation
                 left = still[alive]
                 alive = alive[left]
-                x[alive] = a.ball.ascend(x[alive], x0[alive], gradient[left])
+                x[alive] = attack.ball.ascend(x[alive], x0[alive], gradient[left])
         record[t] = still
-        attack.log(right=int(still.sum()))
-    return Outcome(record[0], record[-1], record, x, a)
+        progress.log(right=int(still.sum()))
+    return Outcome(record[0], record[-1], record, x, attack)
 
 def chains_of(s, V):
     """Chains of the energy as a defence runs them, and the same with a derivative."""
@@ -402,22 +402,23 @@ class Segmenter(Defence):
         return dice(prediction, mask) >= dice(clean, mask) / 2
 
 def segmentation_task(run, task):
-    """Of a task with masks: y as Segmenter wants it, without images that the bare network fails on."""
+    """Makes y what Segmenter wants; drops images that the bare network fails on -> task, how many."""
     mask = task.y.long()
     clean = replace(task.defence, K=0).predict(task.x, 1)
     kept = dice(clean, mask) >= (0 if run.smoke else 0.1)  # smoke: it has learned nothing
     if not kept.any():
         raise Diverged("no clean image has a Dice of .1; try more --u-iters")
-    return Task(task.defence, task.x[kept], torch.stack([mask, clean], 1)[kept])
+    y = torch.stack([mask, clean], 1)
+    return Task(task.defence, task.x[kept], y[kept]), int((~kept).sum())
 
 def digits_among(args, others, split):
-    """Digits over letters moved into the corners, or (colour) over `others`; y: masks uint8 [N, S, S]."""
+    """Digits over letters in the corners (grey), or over pictures of `others`; y: masks uint8 [N, S, S]."""
     channels, side, _ = others.shape
     g = torch.Generator().manual_seed(5 if split == "train" else 6)
-    digits = load(args, args.dataset if channels == 1 else "glyphs", split, 1, side)
+    digits = load_on_device(args, args.dataset if channels == 1 else "glyphs", split, 1, side)
     ink, y = digits.some(4000)
     if channels == 1:
-        others = load(args, "letters", split)
+        others = load_on_device(args, "letters", split)
     index = torch.randint(len(others), (len(y),), generator=g)
     behind = others.take(index).to(args.device)
     if channels == 1:
@@ -446,11 +447,11 @@ def rates(title, outcome, **beside):
     ]
 
 def attacked(run, s, task, attack, name):
-    """Natural and robust accuracy without and with the defence -> rows, {title: images}; draws NAME.png."""
+    """Accuracies without and with the defence -> rows, {title: images}; draws NAME.png."""
     defence, x, y = task
     labels = y if y.dim() == 1 else y[:, 0]
     transferred = pgd(defence.f, x, labels, s.n, attack.ball)
-    bare = eot_attack(run, replace(defence, K=0), x, y, attack)
+    bare = eot_attack(run, replace(defence, K=0), x, y, attack._replace(H_adv=1, H_def=1))
     bpda = eot_attack(run, defence, x, y, attack)
     through = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
     transfer = defence.right(defence.predict(transferred, s.h_def), y)
@@ -486,15 +487,16 @@ def table_4_1(run, s, other_task, attack):
 
 def table_4_2(run, s, mask_task, attack):
     """The same energy before a U-Net; right by Eq. 4.3 (natural, no defence: 1 by definition); mean Dice."""
-    rows, sets = attacked(run, s, mask_task, attack, "table4.2")
-    rows.append(value("images of clean Dice below .1, left out", s.images - len(mask_task.x)))
-    mask = mask_task.y[:, 0]
-    pictures = {"true masks": mask[:16, None] / 10}
+    task, left_out = mask_task
+    rows, sets = attacked(run, s, task, attack, "table4.2")
+    rows.append(value("images of clean Dice below .1, left out", left_out))
+    mask = task.y[:, 0]
+    pictures = {"true masks": mask[:16, None] / 10}  # classes 0 to 10 as grey
     for title, images in sets.items():
         for K in (0, s.k):
-            found = replace(mask_task.defence, K=K).predict(images, s.h_adv)
-            rows.append(value(f"mean Dice, {title}", dice(found, mask).mean().item(), K=K))
-            pictures[f"{title}, K = {K}"] = found[:16, None] / 10
+            predicted = replace(task.defence, K=K).predict(images, s.h_def)
+            rows.append(value(f"mean Dice, {title}", dice(predicted, mask).mean().item(), K=K))
+            pictures[f"{title}, K = {K}"] = predicted[:16, None] / 10
     run.pictures("table4.2-masks", pictures, 16)
     return rows
 
@@ -516,9 +518,9 @@ def figure_3_1(run, s, data, test, features):
     some = data.take(common.shuffled(len(data), 321)[:5000]).to(run.device)
     reference = common.feature_statistics(network, some)
     rows, pictures = [], {}
-    for name, its in kinds.items():
-        V, _ = train_midrun(run, its, data, name)
-        chain = partial(langevin, V=frozen_copy(V), tau=its.tau, T=s.temperature)
+    for name, settings in kinds.items():
+        V, _ = train_midrun(run, settings, data, name)
+        chain = partial(langevin, V=frozen_copy(V), tau=settings.tau, T=s.temperature)
         (x, _), done = test.some(3 * s.images), 0
         for k in [0, *common.multiples(s.k_train / s.p, (1 / 16, 1 / 4, 1, 4, 10))]:
             x = by_parts(partial(chain, steps=k - done), x, run.chunk)
@@ -534,9 +536,8 @@ def figure_3_1(run, s, data, test, features):
 def figure_3_2(run, s, midrun):
     """Ages of the bank's states at the end of training, against the geometric law that p implies."""
     rows = []
-    for visits in common.multiples(
-        s.updates * s.batch // s.bank, (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-    ):
+    most = s.updates * s.batch // s.bank
+    for visits in common.multiples(most, (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)):
         steps = visits * s.k_train
         rows.append(rate("share of this age or older, bank", midrun[1] >= steps, steps=steps))
         rows.append(
@@ -546,7 +547,7 @@ def figure_3_2(run, s, midrun):
     return [*rows, value("mean age in steps, bank", midrun[1].float().mean().item())]
 
 def against_steps(run, s, task, attack, name, factors, chain, tau):
-    """Accuracy against K: these multiples of the steps of size tau that put in the defence's noise."""
+    """Accuracy against K. `factors`: in units of the number of steps whose noise K tau^2 is the defence's."""
     attack = attack._replace(N=s.n_last, H_adv=(s.h_adv + 1) // 2)
     rows, pictures = [], {"natural": task.x[:16]}
     for K in common.multiples(s.k * s.tau**2 / tau**2, factors):
@@ -566,14 +567,14 @@ def figure_3_3(run, s, task, attack):
     )
 
 def figure_3_4(run, s, task, attack, score):
-    """The same of the score network's chains, and what becomes of images in them."""
+    """The same of the score network's chains."""
     chain = partial(score_chain, net=score)
     factors = 1 / 30, 1 / 10, 1 / 3, 1
     return against_steps(run, s, task, attack, "figure3.4", factors, chain, ETA)
 
 EXPERIMENTS = common.experiments(
-    headline=[table_3_1, table_4_2],
-    others=[table_3_3, table_4_1, figure_3_1, figure_3_2, figure_3_3, figure_3_4],
+    headline=[table_3_1],
+    others=[table_3_3, table_4_1, table_4_2, figure_3_1, figure_3_2, figure_3_3, figure_3_4],
 )
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -592,45 +593,34 @@ def get_args(argv=None):
         raise UserError("--last must be at most --k")
     return args
 
-def load(args, name, split, channels=None, side=None):
-    """A data set on the device. Pictures in files are read into memory, if they are not too many."""
-    images = common.load_images(name, split, args.data_dir, channels, side)
-    if not isinstance(images, Images) and len(images) < 100_000:
-        images = common.in_memory(images)
-    return images.to(args.device)
-
 def main(argv=None):
     args = get_args(argv)
     s, name = args.settings, args.dataset
     side = 224 if name == "imagenet" else None
-    data = load(args, name, "train", None, side)
-    test = load(args, name, "test", None, side)
-    if s.images > len(test) or s.batch > len(data):
-        raise UserError(
-            f"--images, --batch: {name} has {len(test)} images to test, {len(data)} to train"
-        )
-    channels, width, _ = data.shape
-    load_other = partial(load, args, s.other, channels=channels, side=width)
-    others = once(lambda: (load_other("train"), load_other("test")))
+    data, test = common.train_and_test(args, s.batch, s.images, side)
+    channels, side, _ = data.shape
+    def others():
+        load = partial(load_on_device, args, s.other, channels=channels, side=side)
+        return load("train"), load("test")
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
     run = common.Run("lifecycle_midrun", args)
     run.chunk //= max(data.shape[1] // 32, 1) ** 2  # fewer large pictures at once
-    def learned(net_name, net, images, held, iterations, kind=Defence, **options):
-        build = partial(net, int(held.y.max()) + 1, data.shape, s.f_width)
+    def learned(net_name, net, images, held_out, iterations, kind=Defence, **options):
+        build = partial(net, int(held_out.y.max()) + 1, data.shape)
         network = common.train_classifier(run, net_name, build, images, iterations, **options)
-        return Task(kind(network, s.k, *chains(), run.chunk), *held.some(s.images))
+        return Task(kind(network, s.k, *chains(), run.chunk), *held_out.some(s.images))
     def mask_task():
         masks = digits_among(args, data, "train"), digits_among(args, test, "test")
         return segmentation_task(run, learned("unet", UNet, *masks, s.u_iters, Segmenter))
     options = {"sgd": s.f_sgd, "augment": "crop_flip" if s.f_sgd else "none"}
-    f_net, f_iters = partial(common.make_net, s.f_net), s.f_iters
+    f_net, f_iters = partial(common.make_net, s.f_net, width=s.f_width), s.f_iters
     other_net = f_net
     if name == "imagenet":  # f has torchvision's weights
-        f_iters, other_net = 0, partial(common.make_net, "pretrained50")
+        f_iters, other_net = 0, partial(common.make_net, "pretrained50", width=s.f_width)
     midrun = once(lambda: train_midrun(run, s, data))
-    f = once(lambda: task().defence.f)
     chains = once(lambda: chains_of(s, midrun()[0]))
     task = once(lambda: learned("f", f_net, data, test, f_iters, shared=True, **options))
+    f = once(lambda: task().defence.f)
     run.experiments(
         EXPERIMENTS,
         data=data,

@@ -508,7 +508,10 @@ def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
     assert nets == [f, through.f] and len(asked) == 7
     for call in asked:
         assert torch.equal(call.x, x) and torch.equal(call.y, y)
-        assert call.a == (ATTACK if not call.a.last else ATTACK._replace(N=7, last=2))
+        if call.defence.K == 0:
+            assert call.a == ATTACK._replace(H_adv=1, H_def=1)
+        else:
+            assert call.a == (ATTACK if not call.a.last else ATTACK._replace(N=7, last=2))
     with_last = [call.defence for call in asked if call.a.last]
     assert with_last[0] is midrun and with_last[1] is through
     assert {row["n"] for row in found} == {6} and {row["eps"] for row in found if "robust" in row["quantity"]} == {s.eps}
