@@ -4,13 +4,13 @@ Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.2.
 
 An adversarial example is an image that was changed so little that nobody sees it, and so cleverly that a
 classifier f misreads it. What f reads as class k is therefore an image of class k, or an attacked image of
-another class. A detector d_k is a network that tells these two apart; there is one for each of the K classes.
-While it learns, the other images are attacked anew in every update, and the attack aims at d_k itself. The
-detectors rank images so well that no f is needed: the class of the highest logit is the prediction, and that
-logit decides whether the image is accepted. Beside them: a robust softmax classifier, of attacked images.
-Attacks are PGD (projected gradient descent): steps that raise the logit z_k, each projected back into a ball
-around the image. eps is its radius in l_inf (largest change of a pixel) or l_2 (length of the change). In
-training they start at random in the ball, in evaluation at the image.
+another class. A detector d_k is a network that tells these two apart; there is one for each of the K
+classes. While it learns, the other images are attacked anew in every update, and the attack aims at d_k
+itself. The detectors rank images so well that no f is needed: the class of the highest logit is the
+prediction, and that logit decides whether the image is accepted. Attacks are PGD (projected gradient
+descent): Adam or plain steps down a loss (for d_k: -z_k), each back into a ball around the image, with radius
+eps in l_inf (largest change of a pixel) or l_2 (length of the change). In training they start at random in
+the ball. Figures 3.3 and 3.6 also have a softmax classifier trained on attacks.
     z_k(x): logit of d_k, HIGH = clean and of class k; d_1 is that of class 0. y: an image's label.
     Pixels are in [0, 1]; eps and the length of steps are in that unit.
     (3.23)  min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)], by the
@@ -22,14 +22,14 @@ training they start at random in the ball, in evaluation at the image.
     AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
 
 Commands (two cores; all numbers: results/adv_detect.md):
-    python adv_detect.py                               7 min: AUC of d_1 .992, of d_2 1.00 under l_inf .3
+    python adv_detect.py                               6 min: AUC of d_1 .992, of d_2 1.00 under l_inf .3
     python adv_detect.py --only table3.4 --models all  9 min: detectors of four attacks, crosswise
     python adv_detect.py --dataset mnist               45 min: AUC of d_1 .998 (source: .9996)
     python adv_detect.py --dataset cifar10             a GPU; --budget paper: the source's settings
 The log: half of (3.23), .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
-Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide ResNet,
-WRN-34-10 (source: a variant of it), best weights chosen on validation images (author's code: test images).
-Eq. 3.34's first maximum is over y and K + 1, and table 3.6's c and steps are those, of the author's code.
+Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide
+ResNet, WRN-34-10 (source: a variant of it), best weights chosen on validation images (author's code: test
+images). Eq. 3.34: maximum over y and K + 1, as in the author's code; table 3.6: its c, on MNIST older steps.
 """
 import copy
 import math
@@ -197,7 +197,7 @@ def detector_loss(x, f, H, y):
     return -best_other(H(x), y)
 
 def combined_loss(x, f, H, y):
-    """Eq. 3.34: f has a class K + 1, "attacked"; a wrong class must beat both it and y (else: no slope)."""
+    """Eq. 3.34, with a class K + 1, "attacked". Max over y and K + 1 only: over all, the loss goes flat."""
     z_f = f(x)
     attacked = (1 - best_other(H(x), y)) * z_f.amax(1)  # (3.33): high while no wrong detector is sure
     return torch.maximum(own_logit(z_f, y), attacked) - best_other(z_f, y)
@@ -320,7 +320,7 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
         run, name, made_from, H=H, optimizer=optimizer, best=best, best_auc=best_auc
     )
     for it in training.updates(s.updates):
-        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)  # any other seed
+        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)  # draw() takes seed + 100 k
         x_neg = draw(train, outside, s.batch, run.seed, it - 1)
         follow(model.fast, H)
         x_adv = minimise(logit_loss, x_neg, a, scattered(x_neg, a), model.fast)
@@ -359,11 +359,11 @@ def logits(net, x):
 
 @seeded
 def attacked_scores(run, model, images, a, n, method=minimise, loss=logit_loss, starts=0):
-    """Logits of clean images of each class [K, P], of n attacked others [K, n]: the best of `starts`."""
+    """Logits of clean images of each class [K, P], of n attacked others [K, n]: the largest over starts."""
     K = model.H.K
     def attacked(x0):
         tried = []
-        for _ in range(starts or 1):
+        for _ in range(starts or 1):  # starts = 0: once, from the image itself
             start = scattered(x0, a) if starts else x0
             tried.append(logits(model.H, method(loss, x0, a, start, model.fast)))
         return torch.stack(tried).amax(0)

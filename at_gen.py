@@ -7,9 +7,9 @@ f is the logit of a binary classifier D = sigmoid(f), high where images look lik
 attack follows the gradient of f with respect to the image (PGD, projected gradient descent: some steps of
 fixed length, each followed by a return into the allowed range). D is trained to tell data from images of
 another set, p0 (letters, other photographs), after these were attacked: pushed uphill by K steps. Where the
-attack arrives, f is then pressed down, unless data hold it up. What stays high (f = 0, D = 1/2) is the
-support of the data, and from far away the gradient of f leads there. So in the end such an attack, longer
-than in training and without eps, turns an image of p0 into a sample. Unlike EBM training by Langevin
+attack arrives, f is then pressed down, unless data hold it up. What stays highest (f = 0, D = 1/2) is the
+support of the data, and from far away the gradient of f leads there. So in the end such an attack, farther
+than in training and not bound by eps, turns an image of p0 into a sample. Unlike EBM training by Langevin
 sampling it adds no noise and keeps no states: each attack is a short chain of steps from a fresh image of
 p0.
 
@@ -181,8 +181,8 @@ def pgd_attack_step(x, f, x0, step, eps):
     length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     x = x + step * gradient / (length + 1e-10)
     if eps < math.inf:
-        radius = (x - x0).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        x = x0 + (x - x0) * (eps / radius.clamp(min=eps + 1e-12))  # inside the ball: times 1
+        far = (x - x0).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        x = x0 + (x - x0) * (eps / far.clamp(min=eps + 1e-12))  # inside the ball: times 1
     return x.clamp(0, 1)  # x0 is in [0, 1], so this keeps the ball
 
 def pgd_attack(f, x, steps, step, eps=math.inf):
@@ -205,7 +205,7 @@ def at_loss(f_data, f_adv):
     return (F.softplus(-f_data).mean() + F.softplus(f_adv).mean()) / 2
 
 def ebm_loss(f_data, f_adv):
-    """The EBM's objective (2.2), with x_K in place of its samples. No lower bound: section 2.5.6."""
+    """Minus the EBM's objective (2.2), with x_K in place of its samples. No lower bound: section 2.5.6."""
     return f_adv.mean() - f_data.mean()
 
 def r1_penalty(f_data, x):

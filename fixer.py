@@ -18,11 +18,11 @@ an attacked image.
     (2.3)  A step of a chain: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
     (5.1)  F(x) = E[f(G(P(x)))].  (5.2) F_H: mean logits of H chains
     (5.3)  Phase 1: mean of |G(P(x)) - x|^2
-    (5.4)  Phase 2, perceptual: |phi(G(P(x))) - phi(x)|^2 / (C H W), phi: the first layers of a loss network,
-           with C H W outputs. Two images count as alike where that network sees the same in them.
+    (5.4)  Phase 2, perceptual: mean over outputs of |phi(G(P(x))) - phi(x)|^2, phi: a loss network's first
+           layers. Two images count as alike where that network sees the same in them.
 
-Pairs (P(x), x) come from exactly the defence's chains, drawn anew every few epochs. Phase 2 keeps the weights
-of the lowest validation loss, on pairs that G never saw.
+Pairs (P(x), x) come from exactly the defence's chains, drawn anew every few epochs. Phase 2 keeps the
+weights of the lowest validation loss, on pairs that G never saw.
 Attacks are PGD (projected gradient descent: steps up the loss, back into a ball around the image). EOT
 (expectation over transformation): the loss is that of the mean logits of many chains. BPDA (backward pass
 differentiable approximation) takes the identity for the derivative of P, and in the source for that of G as
@@ -35,12 +35,12 @@ Commands (two cores; all numbers: results/fixer.md):
     python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
     python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
-The energy is that of lifecycle_midrun.py, learned for chains about as long as the defence's ("mid-run").
-That script is run first where --out holds none. "mid-run" in tables is the defence without G. The log:
-train is the mean loss during an epoch, val the loss after it on held-out pairs.
+The energy is that of lifecycle_midrun.py (a "mid-run" energy, learned from chains of some hundred steps),
+which is run first where --out holds none: a minute more. "mid-run" in tables is the defence without G. The
+log: train is the mean loss during an epoch, val the loss after it on held-out pairs.
 Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or,
-without its weights (vgg16-397923af.pth in --data-dir), a layer of f. Glyphs and MNIST are not in the
-source; tau there is four times that of the energy's training, so that chains do damage to repair.
+without its weights (vgg16-397923af.pth in --data-dir), a layer of f. The source has ImageNet only. On
+glyphs and MNIST tau is four times that of the energy's training, so that chains do damage to repair.
 """
 
 import copy
@@ -126,7 +126,7 @@ def midrun_energy(args, shape):
     file = args.out / f"lifecycle_midrun-{args.dataset}" / "energy.pt"
     if not finished(file, args.budget):
         script = Path(__file__).with_name("lifecycle_midrun.py")
-        command = [sys.executable, str(script), "--only", "figure3.2"]  # its energy
+        command = [sys.executable, str(script), "--only", "figure3.2"]  # needs the energy alone
         for flag in "dataset budget out data-dir seed device".split():
             command += [f"--{flag}", str(getattr(args, flag.replace("-", "_")))]
         print(f"no finished energy in {file}; running {' '.join(command)}", flush=True)
@@ -184,7 +184,7 @@ def make_perceptual(vgg_file, f, device):
 def purified(run, chain, images, K, draw=0):
     """P(x) of Images -> float16 [n, C, S, S], kept in a file. draw: how often chains were drawn before."""
     z = torch.zeros(len(images), *images.shape, dtype=torch.float16)
-    torch.manual_seed(run.seed + 1000 * draw + len(images))  # other noise in each draw, and for each set
+    torch.manual_seed(run.seed + 1000 * draw + len(images))  # other noise in each draw, and for other sizes
     made_from = {"chain": chain, "K": K, "images": images}
     pairs = Training(run, f"{images.name}-{K}-{draw}", made_from, advice="a lower --tau", z=z)
     parts = torch.arange(len(images)).split(PART)
@@ -322,7 +322,7 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """EOT: F_H [B, classes], and its loss' gradient [B, C, S, S]; last = 0: BPDA."""
+        """EOT: F_H [B, classes], its loss' gradient; last: chain steps it goes back through, 0: BPDA."""
         H = H if self.K else 1
         logits, gradients = [], []
         size = max(self.chunk // H, 1)
@@ -384,7 +384,7 @@ def eot_attack(run, defence, x0, y, attack):
         alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
             if t % period == 1:
-                x[alive] = attack.ball.start(x0)[alive]  # draws do not depend on who is alive
+                x[alive] = attack.ball.start(x0)[alive]  # starts do not depend on who is alive
             logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
             if len(broken):  # fresh chains have the last word
@@ -432,7 +432,7 @@ def table_5_1(run, s, f, midrun, through, around, x, y, attack):
         outcome = eot_attack(run, Defence(net), x, y, one)
         rows.append(rate(f"natural acc, {title}, no chains", outcome.natural))
         rows.append(rate(f"robust acc, {title}, no chains", outcome.robust, eps=s.eps))
-        transferred[f"PGD images of {title}"] = pgd(net, x, y, s.n, attack.ball)  # all steps
+        transferred[f"PGD images of {title}"] = pgd(net, x, y, s.n, attack.ball)  # no early stop
     fixers = {"BPDA+EOT through G": through, "BPDA+EOT around G, T": around}
     models = (("mid-run", midrun, {"BPDA+EOT": midrun}), ("Fixer", through, fixers))
     for model, defence, direct in models:
@@ -497,7 +497,7 @@ def stronger(run, s, midrun, through, around, few, attack):
     return rows
 
 def upperbound(run, f, midrun, through, x_many, y_many):
-    """f(x) is the most that G can reach, f(P(x)) is where it starts: how much of the gap does it close?"""
+    """Accuracy on x, on P(x), on G(P(x)): how much of what chains cost does G give back?"""
     clean = outputs(f, x_many).argmax(1) == y_many
     before = same_chains(run, midrun, x_many, 1)[0].argmax(1) == y_many
     after = same_chains(run, through, x_many, 1)[0].argmax(1) == y_many

@@ -13,7 +13,7 @@ that sees such images.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
     Pixels are in [0, 1]; networks scale inside. The source's tau is for [-1, 1]; the table has it halved.
-    (2.2)   d = E_data[U] - E_chains[U], which V's weights minimise: the energy of data down, of chains up
+    (2.2)   gradient of d = E_data[U] - E_chains[U], chains held fixed: the energy of data down, of chains up
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
     Alg. 4  A batch of the bank takes k_train steps (2.3), V takes an update, and the states go back. Each of
             them dies with probability p: a mean life of k_train / p steps, here 2 to 10 times K; (1 - p)^n
@@ -21,21 +21,22 @@ that sees such images.
     (3.1)   F(x) = E[f(P(x))], P(x): where K steps from x end (source: T).  (3.2) F_H: mean logits of H chains
     (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the loss of
             F_H. BPDA (backward pass differentiable approximation): P's derivative counts as the identity.
-    Alg. 3  PGD (projected gradient descent: steps up the loss, back into the ball) with that gradient. N + 1
-            evaluations by H_adv chains. What looks broken is judged again by H_def fresh chains.
+    Alg. 3  PGD (projected gradient descent: steps up the loss, cut back to within eps of the image) with that
+            gradient. N + 1 evaluations by H_adv chains. What looks broken is judged again by H_def fresh.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
     (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (misprinted in the source)
-    (4.3)   A segmentation is right if Dice(attacked and purified) is at least half of Dice(clean).
+    (4.3)   A segmentation is right if Dice(attacked, purified) >= Dice(clean, not purified) / 2.
 Commands (two cores; more numbers in results/):
-    python lifecycle_midrun.py                    7 min: robust accuracy .03 without, .88 with the defence
-    python lifecycle_midrun.py --only table4.2    3 min more: the same energy before a segmentation network
+    python lifecycle_midrun.py                    6 min: robust accuracy .03 without, .88 with the defence
+    python lifecycle_midrun.py --only table4.2    4 min more: the same energy before a segmentation network
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
     python lifecycle_midrun.py --dataset cifar10  a GPU; --budget paper: the published settings
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which k_train steps
 moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in steps.
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
-They enter after the update (code: before). K = 2000 as the code (text: 1500). Alg. 4 also makes the
-short-run energy (p = 1/2, .4 tau, rate 1e-4) and the long-run one (p / 20, twice the updates). ImageNet:
+They enter after the update (code: before). K = 2000 as the code (text: 1500). Lives are longer than the
+text's, K on average. Alg. 4 also makes the short-run energy (p = 1/2, .4 tau, rate 1e-4) and the long-run
+one (p / 20, twice the updates). ImageNet:
 ch. 4's network (code: BigGAN's), centre crops, mean logits (code: softmax outputs, a weaker attack). Masks
 hold a digit's class + 1 at its ink (source: pets). Offline, symbols stand in for flowers.
 """
@@ -80,12 +81,12 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
     last=(5, 5, 5, 10, 10, "last steps of the chain that a second attack differentiates"),
     n_last=(6, 6, 10, 50, 50, "N of that attack, and in figures 3.3 and 3.4"),
-    images=(100, 100, 200, 5000, 10_000, "test images under attack; figure 3.1 starts from 3 times as many"),
+    images=(100, 100, 200, 5000, 10_000, "test images under attack; figure 3.1: up to 3 times as many"),
     few=(50, 50, 100, 125, 125, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "data set of table 4.1"),
     u_iters=(1000, 1000, 3000, 50_000, 50_000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )
-BETA = 20.0  # sharpness of a smooth stand-in for (leaky) ReLU: a gradient through a step needs V's second one
+BETA = 20.0  # sharpness of a smooth stand-in for (leaky) ReLU, whose second derivative is 0 (soft_langevin)
 SIGMA = 0.01  # noise that the score network takes off, [0, 1] pixels
 ETA = SIGMA / 2  # noise of a step of its chains
 
@@ -165,7 +166,7 @@ def train_midrun(run, s, data, name="energy"):
         chains = langevin(bank[rows], s.k_train, V_fast, s.tau, s.temperature)
         with fast_precision(run.device):
             v_data, v_chains = V(torch.cat([x, chains]))[:, 0].float().chunk(2)
-        d = (v_data.mean() - v_chains.mean()) / s.temperature  # Eq. 2.2
+        d = (v_data.mean() - v_chains.mean()) / s.temperature  # its gradient is Eq. 2.2
         descend(adam, d)
         schedule.step()
         moved = (chains - bank[rows]).square().mean().sqrt()
@@ -291,7 +292,7 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 3.3: F_H [B, classes] and its loss' gradient [B, C, S, S]; last = 0: BPDA."""
+        """Eq. 3.3: F_H [B, classes], its loss' gradient; last: chain steps it goes back through, 0: BPDA."""
         H = H if self.K else 1
         logits, gradients = [], []
         size = max(self.chunk // H, 1)
@@ -353,7 +354,7 @@ def eot_attack(run, defence, x0, y, attack):
         alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
             if t % period == 1:
-                x[alive] = attack.ball.start(x0)[alive]  # draws do not depend on who is alive
+                x[alive] = attack.ball.start(x0)[alive]  # starts do not depend on who is alive
             logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
             if len(broken):  # fresh chains have the last word
@@ -547,7 +548,7 @@ def figure_3_2(run, s, midrun):
     return [*rows, value("mean age in steps, bank", midrun[1].float().mean().item())]
 
 def against_steps(run, s, task, attack, name, factors, chain, tau):
-    """Accuracy against K. `factors`: in units of the number of steps whose noise K tau^2 is the defence's."""
+    """Accuracy against K = factor * n: n steps of noise tau add as much noise as the defence's chain."""
     attack = attack._replace(N=s.n_last, H_adv=(s.h_adv + 1) // 2)
     rows, pictures = [], {"natural": task.x[:16]}
     for K in common.multiples(s.k * s.tau**2 / tau**2, factors):

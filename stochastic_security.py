@@ -6,13 +6,13 @@ An attack changes an image so little that nobody sees it, and yet a naturally tr
 it. Here f stays as it is; what it gets to see is purified first. An energy U is a network that gives an
 image one number, low for images like the training data. A chain starts at an image and takes many small
 steps down the energy, each with some noise (Langevin dynamics). The chain forgets the small attack long
-before the class. For this the energy must be convergent: its chains stay realistic for thousands of steps.
-As chains are random, the defended classifier is an expectation, and an attack or a verdict must average
-many of them.
+before the class. The source's energy is convergent: its chains stay realistic for thousands of steps. As
+chains are random, the defended classifier is an expectation, and an attack or a verdict must average many
+of them.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
     Pixels in [0, 1] everywhere; networks scale to [-1, 1] inside. The source's tau is for [-1, 1]: halve it.
-    (2.2)   d = E_data[U] - E_chains[U], which V's weights minimise: the energy of data down, of chains up
+    (2.2)   gradient of d = E_data[U] - E_chains[U], chains held fixed: the energy of data down, of chains up
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
     Alg. 2  The chains' states live in a bank, which begins as uniform noise and is never restarted. Adam
             comes first (short chains become realistic), then SGD (long ones do: the energy converges).
@@ -79,7 +79,7 @@ SETTINGS = common.settings(
     bank=(1024, 1024, 5000, 5000, 0, 0, "persistent states; 0: as many as training images (whole batches)"),
     k_train=(20, 20, 50, 50, 100, 100, "Langevin steps of an update"),
     tau=(0.015, 0.015, 0.005, 0.00875, 0.005, 0.00875, "noise of a Langevin step; half the source's"),
-    temperature=(1e-4, 1e-4, 5e-5, 0.0175 ** 2 / 2, 5e-5, 0.0175 ** 2 / 2, "T; svhn: the source's tau^2 / 2"),
+    temperature=(1e-4, 1e-4, 5e-5, 0.0175 ** 2 / 2, 5e-5, 0.0175 ** 2 / 2, "T; photos: source's tau^2 / 2"),
     data_noise=(0.03, 0.03, 0.01, 0.015, 0.01, 0.015, "noise on the data in training; half the source's"),
     # the defence and its attack: Alg. 1
     k=(75, 100, 500, 500, 1500, 1500, "K: Langevin steps of the defence"),
@@ -93,7 +93,7 @@ SETTINGS = common.settings(
     last=(5, 5, 5, 5, 10, 10, "steps that the second attack goes back through"),
     n_last=(10, 10, 10, 10, 50, 50, "N of that attack, of figure 2.8 and of precision"),
     images=(100, 100, 200, 200, 10_000, 10_000, "test images under attack"),
-    few=(50, 50, 100, 100, 1000, 1000, "of these, in figures 2.4, 2.5, 2.8; figure 2.9 has 10 times as many"),
+    few=(50, 50, 100, 100, 1000, 1000, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
 )
 BETA = 20.0  # sharpness of the smooth stand-in for leaky ReLU
 
@@ -124,7 +124,7 @@ def train_ebm(run, s, data, switch):
     V_fast = frozen_copy(V)
     bank = torch.rand(s.bank or len(data) // s.batch * s.batch, *data.shape, device=run.device)
     adam = torch.optim.Adam(V.parameters(), s.adam_lr)
-    sgd = torch.optim.SGD(V.parameters(), s.sgd_lr * s.temperature)  # d has 1 / T; Adam does not feel it
+    sgd = torch.optim.SGD(V.parameters(), s.sgd_lr * s.temperature)  # undoes d's 1 / T; Adam ignores it
     made_from = common.pick(
         s, "updates adam_lr sgd_lr batch bank k_train tau temperature data_noise"
     )
@@ -150,7 +150,7 @@ def train_ebm(run, s, data, switch):
         bank[rows] = chains  # every state to its place
         with fast_precision(run.device):
             v_data, v_chains = V(torch.cat([x, chains]))[:, 0].float().chunk(2)
-        d = (v_data.mean() - v_chains.mean()) / s.temperature  # Eq. 2.2
+        d = (v_data.mean() - v_chains.mean()) / s.temperature  # its gradient is Eq. 2.2
         optimizer = adam if it <= switch else sgd
         optimizer.zero_grad(set_to_none=True)
         d.backward()
@@ -250,7 +250,7 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, last=0):
-        """Eq. 2.10: F_H [B, classes], and its loss' gradient [B, C, S, S]; last = 0: BPDA."""
+        """Eq. 2.10: F_H [B, classes], its loss' gradient; last: chain steps it goes back through, 0: BPDA."""
         H = H if self.K else 1
         logits, gradients = [], []
         size = max(self.chunk // H, 1)
@@ -312,7 +312,7 @@ def eot_attack(run, defence, x0, y, attack):
         alive = still.nonzero()[:, 0]  # broken images have left the batch
         if len(alive):
             if t % period == 1:
-                x[alive] = attack.ball.start(x0)[alive]  # draws do not depend on who is alive
+                x[alive] = attack.ball.start(x0)[alive]  # starts do not depend on who is alive
             logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
             if len(broken):  # fresh chains have the last word

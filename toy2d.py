@@ -24,14 +24,15 @@ Who is the outer player makes the difference.
     The particles become the data; D means nothing elsewhere: fig. 2.2.
 
 An energy-based model (EBM) takes f for the logarithm of a density, up to a constant; -f is its energy. It
-is trained to raise E_data[f] - E_chains[f] (2.2). The gradient of U has the same two terms, weighted by 1 -
-D on data and by D on red points (2.18). Chains are rows of Langevin steps, gradient plus noise:
+is trained to raise E_data[f] - E_chains[f], chains held fixed (2.2). The gradient of U has the same two
+terms, weighted by 1 - D on data and by D on red points (2.18). Chains are rows of Langevin steps, gradient
+plus noise:
         x <- x + lambda/2 grad f(x) + N(0, lambda)                                            (2.3)
 
     f(x) is the logit of D: HIGH = like the data. Nothing is clamped.
 
 Commands (one core is enough; all numbers: results/toy2d.md):
-    python toy2d.py                      40 s: figures 2.1 and 2.2; D = .51 (p0 uniform) and .49 on the data
+    python toy2d.py                      1 min: figures 2.1 and 2.2; p0 uniform: D = .51 and .49 on the data
     python toy2d.py --dataset ring       eight Gaussians on a ring; or grid, spirals, checkerboard
     python toy2d.py --only objectives samplers energies    80 s: slope of f on log p_data .05 (AT), 1.08 (EBM)
 
@@ -204,7 +205,7 @@ def mean_distance(x):
     return torch.cdist(x, x).sum() / (n * (n - 1))
 
 def energy_distance(a, b):
-    """2 E|a-b| - E|a-a'| - E|b-b'| between two samples [n, 2], [m, 2]. 0 only for equal distributions."""
+    """Estimate from samples [n, 2], [m, 2] of 2 E|a-b| - E|a-a'| - E|b-b'|: near 0, even below, if alike."""
     between = torch.cdist(a, b).mean()
     return (2 * between - mean_distance(a) - mean_distance(b)).item()
 
@@ -374,7 +375,7 @@ def samplers(run, s):
     log_p = -(across**2) / (2 * STD**2)
     centred = log_p - log_p.mean()
     axis.plot(across, log_p, "k--", label="log p_data + const")
-    chains = persistent_chains(s, s.k, 0.05)
+    chains = persistent_chains(s, s.k, 0.05)  # as many steps as PGD; one state in 20 begun anew
     cases = [("AT with PGD", at_loss, None), ("EBM with Langevin", ebm_loss, chains)]
     for title, objective, sampler in cases:
         _, f, _ = maximin(run.seed, s, "gaussian", "uniform", objective, sampler)
@@ -392,7 +393,7 @@ def samplers(run, s):
     return rows
 
 def energies(run, s, data):
-    """f trained with 5-step fresh chains, or with kept ones of 20; longer chains. Not Gaussian: the ring."""
+    """EBMs of fresh 5-step chains and of kept ones; then longer chains. Instead of the Gaussian: the ring."""
     data = "ring" if data == "gaussian" else data
     rows = []
     figure, axes = four_panels()

@@ -4,9 +4,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+class FakeRun:
+    """A run's folder, and the figures that were asked for."""
+
+    def __init__(self, folder, smoke=False):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.shared, self.seed, self.smoke, self.chunk = folder, folder, 0, smoke, 250
+        self.device = torch.device("cpu")
+        self.shown = {}
+
+    def pictures(self, name, rows, columns):
+        self.shown[name] = rows
+
+    def lines(self, name, rows, x, **_):
+        assert all(x in row for row in rows)
+        self.shown[name] = rows
+
+
+class Killed(Exception):
+    """What a test raises inside a training that is to be interrupted."""
+
+
+class TinyTorchvision(nn.Module):
+    """In place of torchvision's networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(4, 1000))
+
+    def forward(self, x):
+        return self.classifier(self.features(x))
 
 
 @pytest.fixture(autouse=True)

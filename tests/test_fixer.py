@@ -18,6 +18,7 @@ from torch import nn
 import common
 import fixer
 from common import Training, UserError
+from conftest import FakeRun, Killed, TinyTorchvision
 from fixer import Attack, Defence, LInf, Outcome, behind, chain_and_fixer, purified, train_phase
 
 SMOKE = fixer.SETTINGS["glyphs", "smoke"]
@@ -30,29 +31,9 @@ def no_weights_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
 
 
-class FakeRun:
-    """A run's folder, and the figures that were asked for."""
-
-    def __init__(self, folder):
-        folder.mkdir(exist_ok=True)
-        self.folder, self.shared, self.seed, self.smoke, self.chunk = folder, folder, 0, True, 250
-        self.device = torch.device("cpu")
-        self.shown = {}
-
-    def pictures(self, name, rows, columns):
-        self.shown[name] = rows
-
-    def lines(self, name, rows, x, **_):
-        self.shown[name] = rows
-
-
 @pytest.fixture
 def run(tmp_path):
-    return FakeRun(tmp_path / "run")
-
-
-class Killed(Exception):
-    pass
+    return FakeRun(tmp_path / "run", smoke=True)
 
 
 class Blend(nn.Module):
@@ -177,15 +158,15 @@ def test_interrupted_pairs_go_on_bit_exactly(tmp_path, monkeypatch):
         if dies[0] and len(calls) == 3:
             raise Killed
         return noisy(x, steps)
-    expected = purified(FakeRun(tmp_path / "whole"), dying, data, 2, draw=1)
+    expected = purified(FakeRun(tmp_path / "whole", smoke=True), dying, data, 2, draw=1)
     calls.clear()
     dies[0] = True
     with pytest.raises(Killed):
-        purified(FakeRun(tmp_path / "broken"), dying, data, 2, draw=1)
+        purified(FakeRun(tmp_path / "broken", smoke=True), dying, data, 2, draw=1)
     dies[0] = False
     calls.clear()
     torch.manual_seed(99)
-    assert torch.equal(purified(FakeRun(tmp_path / "broken"), dying, data, 2, draw=1), expected)
+    assert torch.equal(purified(FakeRun(tmp_path / "broken", smoke=True), dying, data, 2, draw=1), expected)
     assert calls == [2]  # the last part alone
 
 
@@ -368,7 +349,7 @@ def test_the_second_phase_starts_from_the_first(run):
 def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "SAVE_SECONDS", -1)
     s = settings(lr=0.003, refresh=2, patience=9)
-    whole = phase(FakeRun(tmp_path / "whole"), s, epochs=5)
+    whole = phase(FakeRun(tmp_path / "whole", smoke=True), s, epochs=5)
     step, calls = torch.optim.Adam.step, []
 
     def dying(self, *a):
@@ -378,10 +359,10 @@ def test_interrupted_training_goes_on_bit_exactly(tmp_path, monkeypatch):
         return step(self, *a)
     monkeypatch.setattr(torch.optim.Adam, "step", dying)
     with pytest.raises(Killed):
-        phase(FakeRun(tmp_path / "broken"), s, epochs=5)
+        phase(FakeRun(tmp_path / "broken", smoke=True), s, epochs=5)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     torch.manual_seed(99)
-    broken = phase(FakeRun(tmp_path / "broken"), s, epochs=5)
+    broken = phase(FakeRun(tmp_path / "broken", smoke=True), s, epochs=5)
     assert same(whole, broken) and whole.losses == broken.losses
 
 
@@ -975,16 +956,7 @@ def test_smoke_run_on_a_folder_with_pretrained_networks(tmp_path, outcome, monke
             file.parent.mkdir(parents=True)
             Image.fromarray(random.randint(0, 256, (9, 8, 3), dtype=np.uint8)).save(file)
     energy_file(tmp_path, "imagenet", (3, 224, 224))
-
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(4, 1000))
-
-        def forward(self, x):
-            return self.classifier(self.features(x))
-    monkeypatch.setattr(common.torchvision.models, "get_model", lambda name, weights: Tiny())
+    monkeypatch.setattr(common.torchvision.models, "get_model", lambda name, weights: TinyTorchvision())
     flags = ("--dataset", "imagenet", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu",
              "--images", 2, "--natural", 2, "--pairs", 4, "--held", 2, "--batch", 2, "--mse-epochs", 1,
              "--perceptual-epochs", 1, "--h-def", 2, "--k", 2, "--few", 2)

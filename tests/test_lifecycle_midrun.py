@@ -15,6 +15,7 @@ import common
 import lifecycle_midrun as lm
 import stochastic_security
 from common import Diverged, Images, Training
+from conftest import FakeRun, Killed, TinyTorchvision
 from lifecycle_midrun import Attack, Defence, LInf, Outcome, Segmenter, Task, UNet, dice
 
 SMOKE = lm.SETTINGS["glyphs", "smoke"]
@@ -22,30 +23,9 @@ BALL = LInf(0.1, 0.025)
 ATTACK = Attack(BALL, 20, 6, 24)
 
 
-class FakeRun:
-    """A run's folder, and the figures that were asked for."""
-
-    def __init__(self, folder):
-        folder.mkdir(exist_ok=True)
-        self.folder, self.shared, self.seed, self.smoke, self.chunk = folder, folder, 0, False, 250
-        self.device = torch.device("cpu")
-        self.shown = {}
-
-    def pictures(self, name, rows, columns):
-        self.shown[name] = rows
-
-    def lines(self, name, rows, x, **_):
-        assert all(x in row for row in rows)
-        self.shown[name] = rows
-
-
 @pytest.fixture
 def run(tmp_path):
     return FakeRun(tmp_path / "run")
-
-
-class Killed(Exception):
-    pass
 
 
 def settings(**changes):
@@ -817,18 +797,6 @@ def test_smoke_run_on_colour(tmp_path, write_npz, outcome, dataset, side, only):
     write_npz("cifar100", n=60)
     flags = ("--dataset", dataset, "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
     assert outcome(lm, *flags, "--only", *only) == (0, "")
-
-
-class TinyTorchvision(nn.Module):
-    """In place of torchvision's networks."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(4, 1000))
-
-    def forward(self, x):
-        return self.classifier(self.features(x))
 
 
 def test_imagenet_is_a_folder_and_f_comes_trained(tmp_path, monkeypatch):
