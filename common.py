@@ -432,10 +432,7 @@ class Training:
     def _line(self):
         """One line of the log from what was logged since the last one; raises Diverged."""
         row = {"it": self.it}
-        names = {}
-        for entry in self.since:
-            names.update(entry)
-        for key in names:
+        for key in dict.fromkeys(itertools.chain(*self.since)):
             numbers = [entry[key] for entry in self.since if key in entry]
             mean = sum(float(number) for number in numbers) / len(numbers)
             row[key] = numbers[-1] if isinstance(numbers[-1], int) else float(f"{mean:.5g}")
@@ -452,7 +449,7 @@ class Training:
 
     def _write_log(self):
         """log-NAME.csv from the rows: after a resume it holds what the checkpoint knows, no more."""
-        names = dict.fromkeys(key for row in self.rows for key in row)
+        names = dict.fromkeys(itertools.chain(*self.rows))
         with open(self.folder / f"log-{self.name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=names or ["it"])
             writer.writeheader()

@@ -36,9 +36,9 @@ moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in ste
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
 They enter after the update (code: before). K = 2000 as the code (text: 1500). Lives are longer than the
 text's, K on average. Alg. 4 also makes the short-run energy (p = 1/2, .4 tau, rate 1e-4) and the long-run
-one (p / 20, twice the updates). ImageNet:
-ch. 4's network (code: BigGAN's), centre crops, mean logits (code: softmax outputs, a weaker attack). Masks
-hold a digit's class + 1 at its ink (source: pets). Offline, symbols stand in for flowers.
+one (p / 20, twice the updates). ImageNet: ch. 4's network (code: BigGAN's), centre crops, mean logits (code:
+softmax outputs, a weaker attack). Masks hold a digit's class + 1 at its ink (source: pets). Offline, symbols
+stand in for flowers.
 """
 from dataclasses import dataclass, replace
 from functools import partial

@@ -13,6 +13,7 @@ import adv_detect as ad
 import common
 from adv_detect import Detectors, Model, Steps, logit_loss, minimise, rows_of, together
 from common import Training
+from conftest import Killed
 
 
 def run_of(tmp_path, *flags, name="runs"):
@@ -50,10 +51,6 @@ class Linear(nn.Module):
         if x.dim() == 4:
             return (self.w * x[:, None]).sum((-3, -2, -1))
         return (self.w[:, None] * x).sum((-3, -2, -1))
-
-
-class Killed(Exception):
-    pass
 
 
 # --- K networks as one ---

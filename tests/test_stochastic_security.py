@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import common
 import stochastic_security as ss
 from common import Diverged, UserError, frozen_copy, rate
+from conftest import Killed
 from stochastic_security import Attack, Defence, L2, LInf, Outcome, eot_attack, langevin, langevin_step, lyapunov
 
 
@@ -99,10 +100,6 @@ def noise_by_pixel(monkeypatch):
     g = torch.Generator().manual_seed(5)
     noise = torch.randn(1, 1, 28, 28, generator=g)
     monkeypatch.setattr(torch, "randn_like", lambda x: noise.expand_as(x).clone())
-
-
-class Killed(Exception):
-    pass
 
 
 # --- the chain ---
