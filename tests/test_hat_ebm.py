@@ -224,8 +224,10 @@ def test_batchnorm_is_there_only_where_it_is_asked_for(run, monkeypatch, batchno
     modes = []
     infer = hb.infer_step
     monkeypatch.setattr(hb, "infer_step", lambda z, G, x: modes.append(G.training) or infer(z, G, x))
+    sample = hb.sample
+    monkeypatch.setattr(hb, "sample", lambda hat, *a: modes.append(hat.G.net.training) or sample(hat, *a))
     hat = hb.train_hat(run, SMOKE, MODE, some_images(), "coop", pairs="inferred", batchnorm=batchnorm)
-    assert set(modes) == {batchnorm} and len(modes) == 3 * hb.INFER_STEPS
+    assert set(modes) == {batchnorm} and len(modes) == 3 * hb.INFER_STEPS + 3
     means = [t for key, t in hat.G.net.state_dict().items() if key.endswith("running_mean")]
     assert means and all((m == 0).all().item() != batchnorm for m in means)
     assert not hat.G.net.training  # samples afterwards do not depend on their batch
