@@ -298,10 +298,7 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
         descend(adam, d / m.t)
         slope = input_gradient(hat.H, chains)
         training.log(
-            d=d,
-            grad=lengths(slope).mean(),
-            y=lengths(y).mean(),
-            z=z.std(),
+            d=d, grad=lengths(slope).mean(), y=lengths(y).mean(), z=z.std()
         )
         if learned:
             if pairs == "historical":
@@ -352,7 +349,10 @@ def train_sngan(run, s, data):
         loss_g = F.softplus(-d_fake).mean()
         descend(adam_g, loss_g)
         training.log(loss_d=loss_d, loss_g=loss_g)
-    return G.eval().requires_grad_(False), D.eval().requires_grad_(False)
+    for layer in list(D.modules()):
+        if nn.utils.parametrize.is_parametrized(layer):  # the same weights, no longer made at each call
+            nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    return G.eval().requires_grad_(False), frozen_copy(D)
 
 def ddls_step(z, G, D):
     """DDLS: a Langevin step of the energy |z|^2/2 - D(G(z)) of z [B, 128]."""
@@ -469,7 +469,8 @@ def before_and_after(run, name, hat):
 
 def table_6_1(run, s, test, metric, sngan, refine):
     """Refinement of a frozen generator: what it draws, DDLS (the best of three lengths), the Hat EBM."""
-    G, D = sngan
+    _, D = sngan
+    G = refine.G
     k = refine.mode.k_test
     make = partial(distance_row, run, s, metric)
     ddls = []
