@@ -623,7 +623,7 @@ IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, 
     "mnist": (1, 28, 10), "fashion_mnist": (1, 28, 10), "noise": (1, 28, 1),
     "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "svhn": (3, 32, 10), "tinyimagenet": (3, 64, 200),
 }
-FOLDERS = ("celebahq", "celeba", "afhq_cat", "lsun_church", "imagenet", "flowers102")  # of png, jpg, webp files
+FOLDERS = ("celebahq", "celeba", "afhq_cat", "lsun_church", "imagenet", "flowers102")  # of picture files
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnpqrstuvwxyz"  # without I, O, l, o: those are a 1 and a 0
 SYMBOLS = "#$%&+=<>?@{}~!" + "\u0393\u0394\u0398\u03a3\u03a9\u03b1\u03b2\u03bb\u221e\u2192"
