@@ -349,7 +349,11 @@ def test_table_6_1_holds_the_three_against_each_other(run, monkeypatch):
         monkeypatch.setattr(hb, name, lambda *a, name=name, real=real: called.append((name, a[:-1])) or real(*a))
     G, D = hb.Generator((1, 28, 28), 0.0625, 1).eval(), common.make_net("light_ebm", 1, (1, 28, 28), 0.0625)
     refine = fixed_hat(JOINT._replace(k_test=4))
+    made, row = [], hb.distance_row
+    monkeypatch.setattr(hb, "distance_row", lambda *a, **b: made.append(row(*a, **b)) or made[-1])
     rows = hb.table_6_1(run, SMOKE, data, metric_of(data), (G, D), refine)
+    ddls = [entry["value"] for entry in made if entry["quantity"] == "FD-cls DDLS"]
+    assert len(ddls) == 3 and rows[1]["value"] == min(ddls) < max(ddls)
     assert [row["quantity"] for row in rows] == ["FD-cls generator", "FD-cls DDLS", "FD-cls Hat EBM", "FD-cls held-out data"]
     assert {a for name, a in called if name == "from_ddls"} == {(refine.G, D, 1), (refine.G, D, 4), (refine.G, D, 16)}
     assert [a for name, a in called if name == "from_noise"] == [(refine.G,)] * hb.DRAWS
@@ -370,6 +374,10 @@ def test_figure_6_4_trains_what_it_says(run, monkeypatch):
     assert [(updates, pairs, batchnorm, G) for _, updates, pairs, batchnorm, G in calls] == [
         (2, "inferred", False, None), (2, "inferred", True, None), (2, "current", False, None), (2, "historical", False, None)]
     assert len({name for name, *_ in calls}) == 4 and len(rows) == 8 and len(run.shown["figure6.4"]) == 4
+    metric, whole = metric_of(data), data.some(24)[0]
+    for title, x in run.shown["figure6.4"].items():
+        value, = [row["value"] for row in rows if row["quantity"] == f"diversity {title}"]
+        assert value == pytest.approx(metric.diversity(x) / metric.diversity(whole))
     assert metric_of(data).diversity(data.take([0, 0, 0])) == pytest.approx(0, abs=1e-4)
 
 
