@@ -22,8 +22,8 @@ they differ in where G comes from, and in what walks:
     (6.8)   gradient of E_data[H] - E_chains[H], chains held fixed
     Alg. 5  synth: a bank keeps pairs (X, z) of the past. After H's update G takes a step down the mean of
             ||G(z) - X||^2 (6.12) on pairs drawn from the bank; the newest pairs then take their places. A
-            pair is 78 updates old on average. G never learns from the pairs just made: those resemble each
-            other too much (figure 6.4).
+            pair is 78 updates old on average. Pairs just made resemble each other too much, says the
+            source; figure 6.4 looks.
     (6.10)  Cooperative learning, the peer: before G learns from (X, z), z takes some steps of
             z <- z - s^2/2 (z + grad_z ||G(z) - X||^2 / (2 eta^2)) + s N(0, I): which z made X?
     DDLS    Another peer: steps in z alone down |z|^2/2 - D(G(z)), D the logit of the GAN's discriminator.
@@ -36,10 +36,10 @@ Commands (two cores; all numbers: results/hat_ebm.md):
 The log. d: mean H of data minus that of ends of chains, near 0 in balance. grad: length of grad H at these
 ends. y: length of the residual. z: standard deviation of the latent, 1 at the start. loss_g: Eq. 6.12.
 
-Differs: digits have the temperature and noise of lifecycle_midrun.py: at the source's T of 1e-8 the hat of
-digits ran away after some 1,300 updates. Evaluations clip like training and start at y = 0. The GAN is taught
-by cross-entropy, so that D is a logit, as DDLS wants. Rates stay constant. FD-cls as in at_gen.py. Constants
-of Eq. 6.10 are ours; the published cooperative code leaves it out.
+Differs: digits have the T and the data noise of lifecycle_midrun.py; the source's T of 1e-8 is for colour
+images. Evaluations clip like training and start at y = 0. The GAN is taught by cross-entropy, so that D is a
+logit, as DDLS wants. Rates stay constant. FD-cls as in at_gen.py. Constants of Eq. 6.10 are ours; the
+published cooperative code leaves it out.
 """
 from functools import partial
 from operator import itemgetter
@@ -289,7 +289,8 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
         x, _ = next(stream)
         x = x + m.noise * torch.randn_like(x)  # [B, C, S, S], not clamped
         follow(hat.H, H)
-        follow(hat.G, G)
+        if learned:
+            follow(hat.G, G)
         z, g, y = sample(hat, s.batch, m.k)
         chains = g + y
         with fast_precision(run.device):
@@ -297,9 +298,7 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
         d = h_data.mean() - h_chains.mean()  # the gradient of d / T is Eq. 6.8
         descend(adam, d / m.t)
         slope = input_gradient(hat.H, chains)
-        training.log(
-            d=d, grad=lengths(slope).mean(), y=lengths(y).mean(), z=z.std()
-        )
+        training.log(d=d, grad=lengths(slope).mean(), y=lengths(y).mean(), z=z.std())
         if learned:
             if pairs == "historical":
                 rows = torch.randperm(len(bank_z))[: s.batch]
@@ -624,7 +623,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     s = args.settings
-    data, test = common.train_and_test(args, s.batch, min(s.images, 2), s.side)
+    data, test = common.train_and_test(args, s.batch, 2, s.side)
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
     run = common.Run("hat_ebm", args)
     load = partial(load_on_device, args, split="test", channels=data.shape[0], side=data.shape[1])
