@@ -42,7 +42,6 @@ logit, as DDLS wants. Rates stay constant. FD-cls as in at_gen.py. Constants of 
 published cooperative code leaves it out.
 """
 from functools import partial
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import Training, UserError, by_parts, fast_precision, follow, frozen_copy
+from common import Diverged, Training, UserError, by_parts, fast_precision, follow, frozen_copy
 from common import input_gradient, load_on_device, once, repeat, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -71,8 +70,8 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     gan_iters=(300, 1600, 8000, 8000, 100_000, 100_000, 100_000, 100_000, "updates of the GAN's G"),
     ae_iters=(800, 1600, 5000, 5000, 49_900, 49_900, 49_900, 49_900, "updates of the autoencoder"),
     cls_iters=(300, 600, 2000, 2000, 8000, 8000, 8000, 8000, "updates of FD-cls's classifier"),
-    images=(500, 2000, 5000, 5000, 49_920, 49_920, 49_920, 49_920, "samples in an evaluation"),
-    compared=(150, 500, 500, 500, 500, 500, 500, 500, "updates of each learner in figure 6.4"),
+    images=(300, 2000, 5000, 5000, 49_920, 49_920, 49_920, 49_920, "samples in an evaluation"),
+    compared=(100, 500, 500, 500, 500, 500, 500, 500, "updates of each learner in figure 6.4"),
     # synthesis: Alg. 5
     synth_updates=(1000, 3000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
     synth_lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, of H"),
@@ -83,7 +82,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     synth_t=(1e-4, 1e-4, 1e-8, 1e-8, 1e-8, 1e-3, 1e-8, 1e-8, "T"),
     synth_noise=(0.03, 0.03, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, "noise on the data"),
     refine_updates=(200, 1000, 3000, 3000, 25_000, 150_000, 25_000, 25_000, "updates of H"),
-    refine_lr=(1e-4, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-5, 1e-5, "rate of Adam"),
+    refine_lr=(1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-4, 1e-5, 1e-5, "rate of Adam"),
     refine_k=(20, 30, 50, 50, 250, 100, 100, 100, "Langevin steps of an update"),
     refine_k_test=(30, 60, 100, 100, 350, 350, 125, 125, "Langevin steps to a sample"),
     refine_tau_y=(0.005, 0.005, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, "noise of a step of y"),
@@ -116,7 +115,7 @@ OTHERS = {  # channels: data sets that table 6.3 holds against the script's own
 # --- generators, an encoder ---------------------------------------------------------------------------------
 
 GENERATOR = {  # side: side of the first map, its channels, channels behind each block that doubles the side
-    28: (7, 256, (256, 256)),
+    28: (7, 512, (256, 128)),
     32: (4, 256, (256, 256, 256)),
     64: (4, 1024, (512, 256, 128, 64)),
     128: (4, 1024, (1024, 512, 256, 128, 64)),
@@ -145,20 +144,23 @@ class Generator(nn.Module):
     def forward(self, z):
         return (1 + self.factor * self.body(z).tanh()) / 2
 
-class Decoder(Generator):
-    """G of an autoencoder: z [B, 1, S/2, S/2], an image-shaped latent, -> [B, C, S, S]."""
+class Decoder(nn.Module):
+    """G of an autoencoder: z [B, 1, S/2, S/2], an image-shaped latent, -> [B, C, S, S], -.5 to 1.5."""
 
     def __init__(self, shape, width):
-        nn.Module.__init__(self)
+        super().__init__()
         channels, side, _ = shape
         c = round(256 * width)
-        self.latent, self.factor = (1, side // 2, side // 2), 2
+        self.latent = (1, side // 2, side // 2)
         first = common.GBlock(1, c, up=False)
         first.main = first.main[2:]
         layers = [first, common.GBlock(c, c)]
         layers += [common.GBlock(c, c, up=False), common.GBlock(c, c, up=False)]
         self.body = nn.Sequential(*layers, *last_layers(c, channels))
         common.init_xavier(self)
+
+    def forward(self, z):
+        return 0.5 + self.body(z).tanh()
 
 class Encoder(nn.Module):
     """Images [B, C, S, S] -> latents [B, 1, S/2, S/2] on the sphere of radius sqrt(m), m their size."""
@@ -189,15 +191,15 @@ class Mode(NamedTuple):
     k: int  # Langevin steps of an update
     k_test: int  # of an evaluation
     tau_y: float  # noise of a step of y; 0: no residual at all (figure 6.6)
-    tau_z: float  # noise of a step of z; 0: z stays, the conditional model (6.9)
     t: float  # temperature T
     noise: float  # on the data
+    tau_z: float = 0.0  # noise of a step of z; 0: z stays, the conditional model (6.9)
     prior: float = 0.0  # prior |y|^2 is added to U
 
-def mode(s, name, prior=0.0):
-    """The settings of a mode by its name: s.refine_updates and so on. In synth z does not walk."""
-    numbers = [getattr(s, f"{name}_{field}", 0.0) for field in Mode._fields[:-1]]
-    return Mode(*numbers, prior)
+def mode(s, name, tau_z=0.0, prior=0.0):
+    """The settings of a mode by its name: s.refine_updates and so on."""
+    numbers = [getattr(s, f"{name}_{field}") for field in Mode._fields[:-2]]
+    return Mode(*numbers, tau_z, prior)
 
 class Hat(NamedTuple):
     """A Hat EBM: energy U(y, z) = H(G(z) + y) / T (+ prior |y|^2), and the log of its training."""
@@ -467,15 +469,12 @@ def before_and_after(run, name, hat):
     run.pictures(name, {"G(Z), Z from N(0, I)": state[1], "ends of chains": g + y}, 20)
 
 def table_6_1(run, s, test, metric, sngan, refine):
-    """Refinement of a frozen generator: what it draws, DDLS (the best of three lengths), the Hat EBM."""
+    """Refinement of a frozen generator: what it draws, DDLS in four times the hat's steps, the Hat EBM."""
     _, D = sngan
-    G = refine.G
-    k = refine.mode.k_test
+    G, k = refine.G, refine.mode.k_test
     make = partial(distance_row, run, s, metric)
-    ddls = []
-    for steps in common.multiples(k, (1 / 4, 1, 4)):
-        ddls.append(make("DDLS", partial(from_ddls, G, D, steps), steps=steps))
-    rows = [make("generator", partial(from_noise, G)), min(ddls, key=itemgetter("value"))]
+    rows = [make("generator", partial(from_noise, G))]
+    rows.append(make("DDLS", partial(from_ddls, G, D, 4 * k), steps=4 * k))
     rows.append(make("Hat EBM", partial(from_hat, refine, k), steps=k))
     before_and_after(run, "table6.1", refine)
     return [*rows, floor_row(s, metric, test)]
@@ -493,6 +492,8 @@ def table_6_3(s, test, synth, load):
     inside = by_parts(synth.H, x, 250)[:, 0]
     rows = []
     for name in OTHERS[test.shape[0]]:
+        if name == test.name:
+            continue
         try:
             others = load(name)
         except UserError as error:
@@ -550,12 +551,16 @@ def figure_6_5(run, hats):
 def figure_6_6(run, s, data, sngan, refine):
     """Refinement without the residual Y: gradient norms of H where chains end, at a constant rate."""
     without = refine.mode._replace(tau_y=0.0)
-    bare = train_hat(run, s, without, data, "refine-without-Y", G=sngan[0])
+    try:
+        log = train_hat(run, s, without, data, "refine-without-Y", G=sngan[0]).log
+    except Diverged as stop:
+        print(stop)
+        log = stop.rows
     rows, curves = [], []
-    for title, hat in {"with Y": refine, "without Y": bare}.items():
-        for line in hat.log:
+    for title, lines in {"with Y": refine.log, "without Y": log}.items():
+        for line in lines:
             curves.append(value(title, line["grad"], update=line["it"]))
-        last = hat.log[-1]
+        last = lines[-1]
         rows.append(value(f"gradient norm of H in the end, {title}", last["grad"], updates=last["it"]))
     run.lines("figure6.6", curves, "update", yscale="log", ylabel="gradient norm of H")
     return rows
@@ -583,9 +588,13 @@ def paths(run, s, metric, synth, refine):
     """Frechet distance against Langevin steps, up to eight times as many as in training."""
     rows = []
     for name, hat in {"synth": synth, "refine": refine}.items():
+        torch.manual_seed(run.seed)
+        parts = [sample(hat, len(part), 0) for part in torch.arange(s.images).split(run.chunk)]
+        done = 0
         for steps in [0, *common.multiples(hat.mode.k, (1 / 4, 1 / 2, 1, 2, 4, 8))]:
-            torch.manual_seed(run.seed)
-            x = draw_parts(run, partial(from_hat, hat, steps), s.images)
+            parts = [repeat(hat_step, part, steps - done, hat.H, hat.G, hat.mode) for part in parts]
+            done = steps
+            x = torch.cat([g + y for _, g, y in parts])
             rows.append(value(f"{metric.name} {name}", metric.distance(x), steps=steps, n=len(x)))
     run.lines("paths", rows, "steps", xscale="symlog", ylabel=metric.name)
     return rows
@@ -594,8 +603,7 @@ EXPERIMENTS = common.experiments(
     headline=[table_6_1, table_6_2, figure_6_4, figure_6_6, figure_6_9],
     others=[table_6_3, figure_6_5, figure_6_8, paths],
 )
-MODES = {  # what --mode runs
-    "all": [],
+MODES = {  # what --mode runs in place of the headline experiments
     "synth": ["table6.2", "table6.3", "figure6.4", "figure6.9"],
     "refine": ["table6.1", "figure6.6"],
     "retrofit": ["figure6.8"],
@@ -606,17 +614,17 @@ MODES = {  # what --mode runs
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
-    for name in list(MODES)[1:]:
+    for name in MODES:
         common.at_least(1, s, f"{name}_updates {name}_k {name}_k_test")
         common.above_0(s, f"{name}_lr {name}_tau_y {name}_t")
     common.at_least(1, s, "compared gan_iters ae_iters cls_iters batch")
     common.at_least(2, s, "images")
     common.above_0(s, "width width_g refine_tau_z retrofit_tau_z synth_lr_g")
-    if s.mode not in MODES:
-        raise UserError(f"unknown --mode '{s.mode}'; known: {', '.join(MODES)}")
+    if s.mode not in ("all", *MODES):
+        raise UserError(f"unknown --mode '{s.mode}'; known: all, {', '.join(MODES)}")
     if s.side not in GENERATOR:
         raise UserError(f"--side {s.side}: known are {', '.join(map(str, GENERATOR))}")
-    if MODES[s.mode] and "--only" not in args.argv:
+    if s.mode != "all" and not any(word.startswith("--only") for word in args.argv):
         args.only = MODES[s.mode]
     return args
 
@@ -629,9 +637,10 @@ def main(argv=None):
     load = partial(load_on_device, args, split="test", channels=data.shape[0], side=data.shape[1])
     sngan = once(lambda: train_sngan(run, s, data))
     synth = once(lambda: train_hat(run, s, mode(s, "synth"), data, "synth"))
-    refine = once(lambda: train_hat(run, s, mode(s, "refine"), data, "refine", G=sngan()[0]))
+    refine = once(lambda: train_hat(run, s, mode(s, "refine", s.refine_tau_z), data, "refine", G=sngan()[0]))
     decoder = once(lambda: train_autoencoder(run, s, data))
-    retrofit = once(lambda: train_hat(run, s, mode(s, "retrofit", PRIOR), data, "retrofit", G=decoder()))
+    joint = mode(s, "retrofit", s.retrofit_tau_z, PRIOR)
+    retrofit = once(lambda: train_hat(run, s, joint, data, "retrofit", G=decoder()))
     run.experiments(
         EXPERIMENTS,
         data=data,

@@ -1,0 +1,541 @@
+r"""Worst-case out-of-distribution detection: does an image belong to the training data, even after an attack?
+
+Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.3.
+
+A detector gives an image a score, high for images like the training data (in-distribution), low for all others
+(out-distribution). Many detectors tell clean images apart well. But an attack, a search for a small change of
+an image that raises the score, turns nearly any picture into one that they accept. The worst case is what is
+left after such an attack. Here the detector is a network with one output, the logit f, trained on attacked
+images: p0, a broad set of other images, pushed up f by PGD (projected gradient descent: steps of a fixed length
+along the gradient, kept inside a ball), and the data pushed down. Attacks in a test then find little to gain.
+
+    f: logit, HIGH = in-distribution. Pixels are in [0, 1]; lengths are l_2 over a whole image.
+    (3.36)  minimise E_data[-log sigma(f(x'))] + E_p0[-log(1 - sigma(f(x*)))], sigma the logistic function;
+            x* maximises f in the ball of radius --eps-out around an image of p0,
+            x' minimises f in the ball of radius --eps-in around an image of the data
+    AUROC   probability that a data image scores higher than another one; ties one half
+    worst   the same when each of the other images is replaced by its highest-scoring neighbour in a ball
+            of radius --eps, the best that any attack found. Data stay clean; "data attacked" is the reverse.
+
+Peers, each trained here on the same images with the same network:
+    softmax            a classifier of the data's classes. Two scores: its largest probability, and
+                       logsumexp of its outputs, minus what is called its free energy
+    Outlier Exposure   a classifier that is also taught to give p0 equal probabilities
+    binary             Eq. 3.36 without attacks
+    RATIO              a classifier taught on attacked data, and equal probabilities on attacked p0
+
+The test attack is Auto-PGD (Croce and Hein 2020): PGD with momentum that halves its steps where they stop to
+help and goes back to its best image. PGD with constant steps and more momentum stands beside it.
+
+Commands (two cores; all numbers: results/ood_detect.md):
+    python ood_detect.py                      rendered digits against symbols, letters, noise
+    python ood_detect.py --only eps-sweep     AUROC of all methods against the radius of the attack
+    python ood_detect.py --dataset mnist      the same on real digits
+    python ood_detect.py --dataset cifar10    a GPU; --budget paper: the published settings
+The log. loss: what is minimised. inside, outside: mean score of the images that the loss saw.
+
+Differs: p0 is Tiny ImageNet's first 150 classes (80 Million Tiny Images is withdrawn), or letters; the other
+classes are an out-distribution set. In-distribution test images are held out. RATIO and Outlier Exposure are
+trained with the radii, network and updates of this method, not with those of their papers.
+"""
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+import common
+from common import Images, Training, UserError, batches, by_parts, fast_precision, frozen_copy
+from common import input_gradient, load_images, once, repeat, seeded, value
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+SETTINGS = common.settings(  # a row: a value for each column, then its help
+    columns=("glyphs", "mnist fashion_mnist", "cifar10", "cifar10-paper"),
+    smoke=dict(width=0.1, batch=4, updates=2, steps_in=2, steps_out=2, images=6, iterations=4, restarts=1),
+    net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet50", "the network of all methods"),
+    width=(0.5, 1.0, 0.5, 1.0, "multiplies its channels"),
+    p0=("letters:36", "letters:36", "tinyimagenet:150", "tinyimagenet:150",
+        "a data set by name, or NAME:n for its first n classes; the others are then a test set"),
+    augment=("none", "none", "auto", "auto", "auto: crop, flip, AutoAugment, Cutout; none"),
+    batch=(50, 100, 128, 128, "data images, and as many of p0, in an update"),
+    updates=(800, 3000, 6000, 156_000, "of each network; the source has 400 epochs"),
+    lr=(0.02, 0.02, 0.1, 0.1, "constant rate of SGD, Nesterov momentum .9"),
+    eps_in=(1.0, 1.0, 0.25, 0.25, "radius of attacks on the data in training"),
+    eps_out=(2.0, 2.0, 0.5, 0.5, "radius of attacks on p0 in training"),
+    steps_in=(10, 10, 10, 10, "PGD steps of the former"),
+    steps_out=(10, 10, 10, 20, "of the latter; the text has 10, the published code 20"),
+    step=(0.4, 0.4, 0.1, 0.1, "length of these steps"),
+    eps=(2.0, 2.0, 1.0, 1.0, "radius of attacks in tests"),
+    iterations=(50, 100, 100, 100, "of an attack in tests"),
+    restarts=(2, 5, 5, 5, "random starts of Auto-PGD"),
+    images=(200, 1000, 1000, 1024, "test images, and as many of each other set"),
+)
+TPR = 0.95  # share of data images that a threshold accepts
+OTHERS = {  # channels: data sets that stand for the out-distribution; the first is that of the figures
+    1: ("symbols", "letters", "fashion_mnist", "mnist", "noise"),
+    3: ("svhn", "cifar100", "tinyimagenet", "noise"),
+}
+
+# --- scores: high for images like the data ------------------------------------------------------------------
+
+def logit(z):
+    """f: the only output of a network [n, 1] -> [n]."""
+    return z[:, 0]
+
+def confidence(z):
+    """Log of a classifier's largest probability: outputs [n, K] -> [n]."""
+    return z.log_softmax(1).amax(1)
+
+def free_energy(z):
+    """Minus the free energy of a classifier: outputs [n, K] -> [n]."""
+    return z.logsumexp(1)
+
+class Detector(NamedTuple):
+    """A network and what makes a score of its outputs; high for images like the data."""
+    net: nn.Module
+    fast: nn.Module  # a frozen copy of it, which attacks differentiate; the verdict is the network's own
+    score: object
+
+    @torch.no_grad()
+    def __call__(self, x):
+        """Scores of images [n, C, S, S] -> [n]."""
+        return self.score(by_parts(self.net, x, 250).float())
+
+# --- attacks ------------------------------------------------------------------------------------------------
+
+class Attack(NamedTuple):
+    """A search in the ball of radius eps; lengths in [0, 1] units."""
+    norm: str  # inf or 2
+    eps: float
+    steps: int
+    step: float = 0.0  # Auto-PGD finds its own
+    momentum: float = 0.0
+
+def length(x):
+    """l_2 length of each image [..., C, S, S] -> [..., 1, 1, 1]."""
+    return torch.linalg.vector_norm(x, 2, (-3, -2, -1), True)
+
+def project(x, x0, a):
+    """x [..., C, S, S] back into [0, 1], then into the ball of radius a.eps around x0, which is in [0, 1]."""
+    delta = x.clamp(0, 1) - x0
+    if a.norm == "inf":
+        return x0 + delta.clamp(-a.eps, a.eps)
+    return x0 + delta * (a.eps / length(delta).clamp(min=a.eps))
+
+def direction(gradient, norm):
+    """Signs (inf), or the gradient at length 1 (2). A gradient of 0 moves nothing."""
+    return gradient.sign() if norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
+
+def pgd_step(state, loss, x0, a, *about):
+    """A step down loss(x, *about), back into the ball. state: images x, and the mean of past directions."""
+    x, m = state
+    with fast_precision(x.device):
+        gradient = input_gradient(lambda x: loss(x, *about), x)
+    m = a.momentum * m + direction(gradient, a.norm)
+    return project(x - a.step * m, x0, a), m
+
+def pgd(loss, x0, a, *about):
+    """PGD from images x0 [B, C, S, S] in [0, 1] -> the images where it ends."""
+    if not 0 <= x0.min() <= x0.max() <= 1:
+        raise ValueError("an attack wants images in [0, 1]")
+    return repeat(pgd_step, (x0, 0 * x0), a.steps, loss, x0, a, *about)[0]
+
+@torch.no_grad()
+def apgd(loss, x0, a, start, *about):
+    """Auto-PGD (Croce and Hein 2020) down loss(x, *about): the best image; a.step is not used."""
+    x = best_x = start
+    step = last_step = torch.full_like(x0[..., :1, :1, :1], 2 * a.eps)
+    best = step + math.inf
+    before = step - math.inf
+    fell = 0  # how often the loss went down; .75, .22, .03, .06: constants of Auto-PGD
+    period = checkpoint = max(round(0.22 * a.steps), 1)
+    for t in range(a.steps):
+        now = loss(x, *about)[..., None, None, None]
+        fell = fell + (now < before)
+        best_x = torch.where(now < best, x, best_x)
+        best = torch.minimum(best, now)
+        before = now
+        if t == checkpoint:  # halve steps that no longer help, and go back to the best image
+            stuck = (fell <= 0.75 * period) | ((step == last_step) & (best >= last_best))
+            last_best = best
+            last_step = step
+            fell = 0
+            step = torch.where(stuck, step / 2, step)
+            x = torch.where(stuck, best_x, x)
+            period = max(period - round(0.03 * a.steps), round(0.06 * a.steps), 1)
+            checkpoint += period
+        gradient = input_gradient(lambda x: loss(x, *about), x)
+        z = project(x - step * direction(gradient, a.norm), x0, a)
+        if t == 0:  # no momentum yet
+            last_best, moved = best, z - x
+        z = project(x + 0.75 * (z - x) + 0.25 * moved, x0, a)  # momentum
+        x, moved = z, z - x
+    return best_x
+
+def on_sphere(x0, a):
+    """A random start on the surface of the ball, clipped to [0, 1]."""
+    return (x0 + a.eps * direction(torch.randn_like(x0), a.norm)).clamp(0, 1)
+
+def score_loss(x, net, score, sign):
+    """What attacks in tests minimise: minus the score (sign 1), or the score (sign -1) [n]."""
+    return -sign * score(net(x))
+
+def worst_case(detector, x0, a, restarts, sign=1):
+    """Images near x0 [n, C, S, S] with the highest score that was found (sign -1: lowest), and it [n].
+
+    Tried, image by image: the image itself, PGD with momentum and constant steps, Auto-PGD from random starts.
+    """
+    constant = a._replace(step=a.eps / 20, momentum=0.9)
+    about = (detector.fast, detector.score, sign)
+    best_x, best = x0, sign * detector(x0)
+    for i in range(restarts + 1):
+        if i == 0:
+            x = pgd(score_loss, x0, constant, *about)
+        else:
+            x = apgd(score_loss, x0, a, on_sphere(x0, a), *about)
+        now = sign * detector(x)
+        best_x = torch.where((now > best)[:, None, None, None], x, best_x)
+        best = torch.maximum(best, now)
+    return best_x, sign * best
+
+@seeded
+def attacked(run, detector, x, a, restarts, sign=1):
+    """worst_case() of images [n, C, S, S], in parts that fit the memory."""
+    images, scores = [], []
+    for part in x.split(run.chunk):
+        worst_x, worst = worst_case(detector, part, a, restarts, sign)
+        images.append(worst_x)
+        scores.append(worst)
+    return torch.cat(images), torch.cat(scores)
+
+# --- training -----------------------------------------------------------------------------------------------
+
+def class_loss(z, y, z_out):
+    """Cross-entropy of the data's labels: outputs z [m, K], labels y [m]; p0 plays no part."""
+    return F.cross_entropy(z, y)
+
+def uniform_loss(z):
+    """Cross-entropy to equal probabilities of all classes: outputs [m, K] -> [m]."""
+    return -z.log_softmax(1).mean(1)
+
+def exposure_loss(z, y, z_out):
+    """Outlier Exposure (Hendrycks et al. 2019), with its weight of one half."""
+    return F.cross_entropy(z, y) + uniform_loss(z_out).mean() / 2
+
+def ratio_loss(z, y, z_out):
+    """RATIO (Augustin et al. 2020), whose images were attacked before."""
+    return F.cross_entropy(z, y) + uniform_loss(z_out).mean()
+
+def binary_loss(z, y, z_out):
+    """Eq. 3.36, half of it: the mean of 2m cross-entropies; z: f of the data [m, 1], z_out: of p0."""
+    return (F.softplus(-z).mean() + F.softplus(z_out).mean()) / 2
+
+def lower_logit(x, net, y):
+    """Attack on the data: f [m]."""
+    return net(x)[:, 0]
+
+def raise_logit(x, net, y):
+    """Attack on p0: minus f [m]."""
+    return -net(x)[:, 0]
+
+def label_loss(x, net, y):
+    """Takes images x [n, C, S, S] away from their labels: minus the cross-entropy [n]."""
+    with fast_precision(x.device):
+        z = net(x).float()
+    return -F.cross_entropy(z, y, reduction="none")
+
+def raise_confidence(x, net, y):
+    """RATIO's attack on p0: away from equal probabilities [m]."""
+    return -uniform_loss(net(x))
+
+class Method(NamedTuple):
+    """What a network learns."""
+    binary: bool  # one output, or one for each class
+    loss: object  # of outputs, labels, outputs for p0
+    inside: object = None  # what attacks on the data minimise; None: no attacks, on p0 neither
+    outside: object = None  # what attacks on p0 minimise
+
+METHODS = {
+    "softmax": Method(False, class_loss),
+    "exposure": Method(False, exposure_loss),
+    "binary": Method(True, binary_loss),
+    "ratio": Method(False, ratio_loss, label_loss, raise_confidence),
+    "adversarial": Method(True, binary_loss, lower_logit, raise_logit),
+}
+DETECTORS = {  # a method's network and a score of its outputs
+    "softmax, largest probability": ("softmax", confidence),
+    "softmax, free energy": ("softmax", free_energy),
+    "Outlier Exposure": ("exposure", confidence),
+    "binary": ("binary", logit),
+    "RATIO": ("ratio", confidence),
+    "in- and out-AT (3.36)": ("adversarial", logit),
+}
+
+def augmented(x):
+    """AutoAugment and a square of 16 x 16 in the mean colour (Cutout), for each image of x [B, 3, S, S]."""
+    policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    x = torch.stack([policy(image) for image in (255 * x).round().to(torch.uint8)]).float() / 255
+    row, column = torch.randint(x.shape[-1], (2, len(x), 1), device=x.device)  # the square's middle
+    place = torch.arange(x.shape[-1], device=x.device)
+    inside_rows = (place >= row - 8) & (place < row + 8)
+    inside_columns = (place >= column - 8) & (place < column + 8)
+    square = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return torch.where(square, x.mean((0, 2, 3), keepdim=True), x)
+
+@seeded
+def train(run, s, name, data, p0):
+    """One of METHODS -> its network. BatchNorm, where there is any, stays as at the start: eval mode."""
+    method = METHODS[name]
+    outputs = 1 if method.binary else int(data.y.max()) + 1
+    net = common.to_device(common.make_net(s.net, outputs, data.shape, s.width), run.device).eval()
+    optimizer = torch.optim.SGD(net.parameters(), s.lr, momentum=0.9, nesterov=True)
+    attack_in = Attack("2", s.eps_in, s.steps_in, s.step)
+    attack_out = Attack("2", s.eps_out, s.steps_out, s.step)
+    made_from = {"net": net, "images": data, "p0": p0, **common.pick(s, "updates batch lr augment")}
+    if method.inside:
+        made_from["attacks"] = attack_in, attack_out
+    training = Training(run, name, made_from, {"loss": 1e4}, net=net, optimizer=optimizer)
+    crop = "crop" if s.augment == "auto" else "none"
+    stream = batches(data, s.batch, run.seed, training.it, crop, run.device)
+    stream_p0 = batches(p0, s.batch, run.seed + 1, training.it, crop, run.device)
+    for _ in training.updates(s.updates):
+        x, index = next(stream)
+        x_out, _ = next(stream_p0)
+        y = data.y[index.to(data.y.device)].to(run.device)
+        if s.augment == "auto":
+            x, x_out = augmented(x), augmented(x_out)
+        if method.inside:
+            x = pgd(method.inside, x, attack_in, net, y)
+            x_out = pgd(method.outside, x_out, attack_out, net, y)
+        with fast_precision(run.device):
+            z, z_out = net(torch.cat([x, x_out])).float().chunk(2)
+        loss = method.loss(z, y, z_out)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        score = logit if method.binary else confidence
+        training.log(loss=loss, inside=score(z).mean(), outside=score(z_out).mean())
+    return net.requires_grad_(False)
+
+# --- images of the out-distribution -------------------------------------------------------------------------
+
+def load_p0(args, shape, name, split="train"):
+    """A data set in this shape (C, S, S); its first n classes where the name is NAME:n."""
+    name, colon, n = name.partition(":")
+    p0 = load_images(name, split, args.data_dir, *shape[:2]).to(args.device)
+    if not colon:
+        return p0
+    if not n.isdecimal() or int(n) == 0 or not isinstance(p0, Images):
+        raise UserError(f"--p0 {name}:{n}: expected NAME:n, the first n classes of a labelled set")
+    kept = p0.y < int(n)
+    return Images(p0.x[kept], p0.y[kept], f"{name}:{n}")
+
+def single_colours(n, shape):
+    """n images of one colour each, uniformly drawn: uint8 [n, C, S, S]."""
+    g = torch.Generator().manual_seed(7)
+    return torch.randint(0, 256, (n, shape[0], 1, 1), dtype=torch.uint8, generator=g).expand(n, *shape)
+
+def smooth_noise(n, shape):
+    """n images of noise on a grid of 4 x 4, enlarged: uint8 [n, C, S, S]."""
+    g = torch.Generator().manual_seed(8)
+    coarse = torch.rand(n, shape[0], 4, 4, generator=g)
+    return (255 * F.interpolate(coarse, shape[1:], mode="bilinear")).round().to(torch.uint8)
+
+def hashes(images):
+    """Each image's bytes, hashed: a list of numbers."""
+    return [hash(image.tobytes()) for image in images.x.cpu().numpy()]
+
+def other_sets(args, s, data, test, p0):
+    """Out-distribution test sets by name -> images [n, C, S, S], and how many were removed.
+
+    Removed are images that stand in p0, or in either split of the data. p0's own classes are left out.
+    """
+    seen = {*hashes(data), *hashes(test), *hashes(p0)}
+    base, _, n = s.p0.partition(":")
+    shape = data.shape
+    found = {}
+    for name in OTHERS[shape[0]]:
+        if name == data.name:
+            continue
+        try:
+            found[name] = load_images(name, "test", args.data_dir, *shape[:2])
+        except UserError as error:
+            print(f"left out: {error}")
+            continue
+        if name == base and n:
+            kept = found[name].y >= int(n)
+            found[name] = Images(found[name].x[kept], found[name].y[kept], name)
+    none = torch.zeros(s.images, dtype=torch.int64)
+    found["smooth noise"] = Images(smooth_noise(s.images, shape), none, "smooth noise")
+    found["single colours"] = Images(single_colours(s.images, shape), none, "single colours")
+    sets = {}
+    for name, images in found.items():
+        new = torch.tensor([number not in seen for number in hashes(images)], dtype=torch.bool)
+        images = Images(images.x[new], images.y[new], name)
+        if len(images):
+            sets[name] = images.some(s.images)[0].to(args.device), int((~new).sum())
+    return sets
+
+# --- measures -----------------------------------------------------------------------------------------------
+
+def auroc(positive, negative):
+    """Probability that an in-distribution score [P] ranks above an out-distribution one [N]; ties: half."""
+    ordered = negative.sort().values
+    below = torch.searchsorted(ordered, positive)
+    up_to = torch.searchsorted(ordered, positive, right=True)
+    return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
+
+def bootstrap(positive, negative, draws=500):
+    """95 % interval [low, high] of auroc(): both sets of scores drawn anew, with replacement."""
+    g = torch.Generator().manual_seed(0)
+    areas = []
+    for _ in range(draws):
+        i = torch.randint(len(positive), (len(positive),), generator=g)
+        j = torch.randint(len(negative), (len(negative),), generator=g)
+        areas.append(auroc(positive[i], negative[j]))
+    return torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+def false_positives(positive, negative):
+    """Share of out-distribution scores [N] above the threshold that accepts TPR of the others [P]."""
+    threshold = positive.sort(descending=True).values[math.ceil(TPR * len(positive)) - 1]
+    return (negative >= threshold).float().mean().item()
+
+def area_row(title, positive, negative, **beside):
+    """A row: AUROC, its interval, n, and the false positive rate at a true one of .95."""
+    positive, negative = positive.cpu(), negative.cpu()
+    return value(
+        title,
+        auroc(positive, negative),
+        interval=bootstrap(positive, negative),
+        n=len(negative),
+        fpr95=false_positives(positive, negative),
+        **beside,
+    )
+
+# --- tables and figures -------------------------------------------------------------------------------------
+
+def table_3_12(run, s, test, sets, detectors):
+    """AUROC of clean images and in the worst case, for each method and each out-distribution set."""
+    a = Attack("2", s.eps, s.iterations)
+    x_in = test.some(s.images)[0]
+    rows = []
+    for name, detector in detectors.items():
+        inside = detector(x_in)
+        _, lowered = attacked(run, detector, x_in, a, s.restarts, -1)
+        for title, (x, removed) in sets.items():
+            clean = detector(x)
+            _, worst = attacked(run, detector, x, a, s.restarts)
+            rows.append(area_row(f"AUROC {title}, {name}", inside, clean, removed=removed))
+            rows.append(area_row(f"worst-case AUROC {title}, {name}", inside, worst, eps=s.eps))
+            rows.append(area_row(f"AUROC data attacked {title}, {name}", lowered, clean, eps=s.eps))
+    return rows
+
+def eps_sweep(run, s, test, sets, detectors):
+    """Worst-case AUROC of the first out-distribution set against the radius of the attack."""
+    title, (x, _) = next(iter(sets.items()))
+    x_in = test.some(s.images)[0]
+    rows = []
+    for name, detector in detectors.items():
+        inside = detector(x_in)
+        for factor in (0, 0.125, 0.25, 0.5, 1, 1.5, 2):
+            a = Attack("2", factor * s.eps, s.iterations)
+            scores = attacked(run, detector, x, a, 1)[1] if factor else detector(x)
+            rows.append(area_row(name, inside, scores, eps=a.eps))
+    run.lines("eps-sweep", rows, "eps", ylabel=f"worst-case AUROC, {title}")
+    return rows
+
+def steps(run, s, test, sets, detectors):
+    """Worst-case AUROC of the first out-distribution set against iterations, and against restarts."""
+    title, (x, _) = next(iter(sets.items()))
+    name, detector = list(detectors.items())[-1]
+    inside = detector(test.some(s.images)[0])
+    rows = []
+    for factor in (0.1, 0.2, 0.5, 1, 2, 4):
+        a = Attack("2", s.eps, max(round(factor * s.iterations), 1))
+        _, scores = attacked(run, detector, x, a, 1)
+        rows.append(area_row("one restart", inside, scores, iterations=a.steps))
+    for restarts in (0, 1, 2, 5, 10):
+        a = Attack("2", s.eps, s.iterations)
+        _, scores = attacked(run, detector, x, a, restarts)
+        rows.append(area_row("as many iterations as in table 3.12", inside, scores, restarts=restarts))
+    run.lines("steps", rows[:6], "iterations", xscale="log", ylabel=f"worst-case AUROC, {title}")
+    return rows
+
+def histogram(run, s, test, sets, detectors):
+    """Scores of the data, of the first out-distribution set, and of the same images attacked."""
+    title, (x, _) = next(iter(sets.items()))
+    x_in = test.some(s.images)[0]
+    a = Attack("2", s.eps, s.iterations)
+    panels, rows = {}, []
+    for name, detector in detectors.items():
+        _, worst = attacked(run, detector, x, a, 1)
+        panels[name] = {"data": detector(x_in), title: detector(x), f"{title}, attacked": worst}
+        for label, scores in panels[name].items():
+            rows.append(value(f"mean score, {label}, {name}", scores.mean().item(), n=len(scores)))
+    run.histograms("histogram", panels)
+    return rows
+
+def gallery(run, s, sets, detectors):
+    """What attacks of growing radius make of other images: those that the detector then likes best."""
+    title, (x, _) = next(iter(sets.items()))
+    pictures, rows = {}, []
+    for name in ("softmax, largest probability", "in- and out-AT (3.36)"):
+        detector = detectors[name]
+        _, scores = attacked(run, detector, x, Attack("2", s.eps, s.iterations), 1)
+        first = scores.argsort(descending=True)[:20]
+        pictures[f"{name}: {title}"] = x[first]
+        for factor in (1, 3, 6):
+            a = Attack("2", factor * s.eps, s.iterations)
+            found, scores = attacked(run, detector, x[first], a, 1)
+            pictures[f"{name}: attacked, eps {a.eps:g}"] = found
+            mean = scores.mean().item()
+            rows.append(value(f"mean score of attacked {title}, {name}", mean, eps=a.eps, n=len(first)))
+    run.pictures("gallery", pictures, 20)
+    return rows
+
+EXPERIMENTS = common.experiments(
+    headline=[table_3_12, histogram, gallery],
+    others=[eps_sweep, steps],
+)
+
+# --- command line -------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    s = args.settings
+    common.at_least(1, s, "batch updates iterations")
+    common.at_least(0, s, "steps_in steps_out restarts eps_in eps_out")
+    common.at_least(2, s, "images")
+    common.above_0(s, "width lr step eps")
+    if s.augment not in ("none", "auto"):
+        raise UserError(f"--augment {s.augment}: known are none, auto")
+    return args
+
+def main(argv=None):
+    args = get_args(argv)
+    s = args.settings
+    data, test = common.train_and_test(args, s.batch, s.images)
+    if s.augment == "auto" and data.shape[0] != 3:
+        raise UserError("--augment auto is for colour images")
+    p0 = load_p0(args, data.shape, s.p0)
+    common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
+    run = common.Run("ood_detect", args, p0=s.p0)
+    nets = {}
+    for name in METHODS:
+        nets[name] = once(partial(train, run, s, name, data, p0))
+    @once
+    def detectors():
+        made = {}
+        for name, (method, score) in DETECTORS.items():
+            net = nets[method]()
+            made[name] = Detector(net, frozen_copy(net), score)
+        return made
+    sets = once(lambda: other_sets(args, s, data, test, p0))
+    run.experiments(EXPERIMENTS, test=test, sets=sets, detectors=detectors)
+
+if __name__ == "__main__":
+    common.call(main)

@@ -1,0 +1,505 @@
+"""ood_detect.py: scores, attacks, training of every method, out-distribution sets, tables, the script as a whole."""
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import ood_detect as od
+from common import Images
+from conftest import FakeRun, Killed
+
+SMOKE = od.SETTINGS["glyphs", "smoke"]
+SHAPE = (1, 28, 28)
+FIRST, LAST = "softmax, largest probability", "in- and out-AT (3.36)"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return FakeRun(tmp_path / "run")
+
+
+def some_images(n=24, seed=1, name="made up", shape=SHAPE):
+    g = torch.Generator().manual_seed(seed)
+    return Images(torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=g), torch.arange(n) % 10, name)
+
+
+def small_net(outputs=1, seed=0):
+    torch.manual_seed(seed)
+    return common.make_net("mnist_cnn", outputs, SHAPE, 0.1).eval().requires_grad_(False)
+
+
+def detector_of(net, score=od.logit):
+    return od.Detector(net, common.frozen_copy(net), score)
+
+
+class Sum(nn.Module):
+    """f(x) = the sum of the pixels, times a weight."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x):
+        return self.weight * x.flatten(1).sum(1, keepdim=True)
+
+
+# --- scores and measures ---
+
+
+def test_scores_are_high_for_sure_outputs():
+    z = torch.tensor([[0.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
+    assert od.confidence(z).exp().tolist() == pytest.approx([1 / 3, math.e**5 / (math.e**5 + 2)])
+    assert od.free_energy(z).tolist() == pytest.approx([math.log(3), math.log(math.e**5 + 2)])
+    assert od.logit(torch.tensor([[2.0], [-1.0]])).tolist() == [2, -1]
+
+
+def test_auroc_has_the_right_sign_and_counts_ties_as_half():
+    high, low = torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])
+    assert od.auroc(high, low) == 1 and od.auroc(low, high) == 0 and od.auroc(low, low) == 0.5
+    metrics = pytest.importorskip("sklearn.metrics")
+    a, b = torch.randn(50).round(decimals=1), torch.randn(70).round(decimals=1) + 0.3
+    theirs = metrics.roc_auc_score([1] * 50 + [0] * 70, torch.cat([a, b]).numpy())
+    assert od.auroc(a, b) == pytest.approx(theirs)
+
+
+def test_bootstrap_interval_covers_as_often_as_it_says():
+    """Scores of two Gaussians one apart: AUROC Phi(1 / sqrt 2) = .760. Hanley and McNeil's error for 200: .023."""
+    truth, inside, widths = 0.7602, 0, []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        low, high = od.bootstrap(torch.randn(200) + 1, torch.randn(200), draws=200)
+        inside += low <= truth <= high
+        widths.append(high - low)
+    assert inside >= 51 and sum(widths) / 60 == pytest.approx(2 * 1.96 * 0.0236, rel=0.15)
+
+
+def test_false_positive_rate_at_a_true_one_of_95_percent():
+    inside = torch.arange(100.0)  # the threshold that accepts 95 of them: 5
+    assert od.false_positives(inside, torch.tensor([4.9, 5.0, 70.0, -1.0])) == 0.5
+    row = od.area_row("title", inside, torch.tensor([4.9, 5.0, 70.0, -1.0]), eps=2)
+    assert row["fpr95"] == 0.5 and row["n"] == 4 and row["eps"] == 2 and row["value"] == od.auroc(inside, torch.tensor([4.9, 5, 70, -1]))
+
+
+# --- attacks ---
+
+
+def test_pgd_by_hand(exact):
+    x0 = torch.full((1, 1, 1, 2), 0.5)
+
+    def slope(x):
+        return (x * torch.tensor([3.0, -4.0])).sum((1, 2, 3))
+
+    def go(*a):
+        return od.pgd(slope, x0, od.Attack("2", *a)).flatten().tolist()
+    assert go(9.0, 1, 0.1) == pytest.approx([0.5 - 0.06, 0.5 + 0.08])
+    assert go(9.0, 2, 0.1) == pytest.approx([0.5 - 0.12, 0.5 + 0.16])
+    assert go(9.0, 2, 0.1, 0.5) == pytest.approx([0.5 - 0.15, 0.5 + 0.20])  # the second step is 1.5 as long
+    assert go(0.05, 3, 0.1) == pytest.approx([0.5 - 0.03, 0.5 + 0.04])
+    assert go(9.0, 9, 0.1) == [0, 1]
+    still = od.pgd(lambda x: 0 * x.sum((1, 2, 3)), x0, od.Attack("2", 1.0, 2, 0.1))
+    assert torch.equal(still, x0)
+    with pytest.raises(ValueError):
+        od.pgd(slope, x0 + 1, od.Attack("2", 1.0, 1, 0.1))
+
+
+def test_apgd_reaches_the_optimum_on_the_surface(exact):
+    """|x - target|^2 with the target outside the ball: the optimum is where the way to it leaves the ball."""
+    x0 = torch.full((2, 1, 4, 4), 0.5)
+    target = x0 + 0.1 * torch.randn(2, 1, 4, 4)
+    a = od.Attack("2", 0.1, 50)
+    seen = []
+
+    def loss(x):
+        seen.append((x - target).square().sum((1, 2, 3)))
+        return seen[-1]
+    x = od.apgd(loss, x0, a, od.on_sphere(x0, a))
+    best = x0 + 0.1 * (target - x0) / od.length(target - x0)
+    assert (x - best).abs().max() < 1e-3
+    reached = (x - target).square().sum((1, 2, 3))
+    assert torch.allclose(reached, torch.stack(seen).amin(0), atol=1e-6)  # the best of all that it saw
+
+
+def test_starts_are_on_the_surface_of_the_ball():
+    x0 = torch.full((50, 1, 8, 8), 0.5)
+    x = od.on_sphere(x0, od.Attack("2", 1.0, 1))
+    assert torch.allclose(od.length(x - x0), torch.ones(50, 1, 1, 1))
+    assert abs((x - x0).sum((1, 2, 3)).mean()) < 4 and len({row.sum().item() for row in x}) > 40
+
+
+def test_apgd_finds_what_torchattacks_finds(exact):
+    torchattacks = pytest.importorskip("torchattacks")
+    net, x0 = small_net(), torch.rand(8, *SHAPE)
+
+    class Two(nn.Module):
+        def forward(self, x):
+            z = net(x)
+            return torch.cat([z, torch.zeros_like(z)], 1)
+    theirs = torchattacks.APGD(Two().eval(), norm="L2", eps=2.0, steps=50, n_restarts=1, loss="ce", seed=0)
+    sign = 1.0 if net(x0).mean() < 0 else -1.0  # theirs attacks only what is still right: those below 0, or above
+    label = torch.full((8,), 1 if sign > 0 else 0)
+    reached = net(theirs(x0, label))[:, 0]
+    a = od.Attack("2", 2.0, 50)
+    ours = net(od.apgd(od.score_loss, x0, a, od.on_sphere(x0, a), net, od.logit, sign))[:, 0]
+    start = net(x0)[:, 0]
+    if (sign * reached > 0).any():  # it stops where the label is lost: hold both to the same images
+        kept = sign * reached <= 0
+        start, reached, ours = start[kept], reached[kept], ours[kept]
+    if len(ours):
+        assert (sign * (ours - start)).mean() >= 0.99 * (sign * (reached - start)).mean()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_worst_case_takes_the_best_of_all_that_was_tried(monkeypatch, exact, sign):
+    x0 = torch.full((3, 1, 2, 2), 0.5)
+    detector = detector_of(Sum())
+    tried = iter([0.4, 0.9, 0.2] if sign == 1 else [0.6, 0.1, 0.8])  # PGD, then two restarts of Auto-PGD
+
+    def attack(loss, x0, a, *rest):
+        assert loss is od.score_loss and rest[-3:] == (detector.fast, detector.score, sign)
+        level = next(tried)
+        x = torch.full_like(x0, level)
+        x[0] = 0.5 - sign * 0.3  # the first image is only made worse
+        return x
+    monkeypatch.setattr(od, "pgd", attack)
+    monkeypatch.setattr(od, "apgd", attack)
+    x, score = od.worst_case(detector, x0, od.Attack("2", 1.0, 5), 2, sign)
+    best = 0.9 if sign == 1 else 0.1
+    assert x.flatten(1).mean(1).tolist() == pytest.approx([0.5, best, best])
+    assert score.tolist() == pytest.approx([2.0, 4 * best, 4 * best]) and next(tried, None) is None
+
+
+def test_attacked_images_stay_in_the_ball_and_score_higher(run, exact):
+    detector, x = detector_of(small_net()), torch.rand(7, *SHAPE)
+    run.chunk = 3
+    a = od.Attack("2", 1.0, 10)
+    for sign in (1, -1):
+        found, score = od.attacked(run, detector, x, a, 1, sign)
+        assert 0 <= found.min() and found.max() <= 1 and od.length(found - x).max() < 1.0001
+        assert (sign * (score - detector(x)) > 0).all() and torch.allclose(detector(found), score, atol=1e-5)
+
+
+def test_attacks_differentiate_the_copy_and_the_network_judges(run, exact):
+    x = torch.full((2, 1, 2, 2), 0.5)
+    detector = od.Detector(Sum(3.0), common.frozen_copy(Sum(-1.0)), od.logit)  # the copy leads the wrong way
+    found, score = od.attacked(run, detector, x, od.Attack("2", 0.5, 5), 1)
+    assert torch.equal(found, x) and score.tolist() == pytest.approx([6.0, 6.0])
+
+
+# --- training ---
+
+
+def test_losses_by_hand():
+    z, y, z_out = torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.tensor([[1.0, -1.0]])
+    ce = math.log(1 + math.exp(-2))
+    uniform = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))) / 2
+    assert od.class_loss(z, y, z_out).item() == pytest.approx(ce)
+    assert od.exposure_loss(z, y, z_out).item() == pytest.approx(ce + uniform / 2)
+    assert od.ratio_loss(z, y, z_out).item() == pytest.approx(ce + uniform)
+    f, f_out = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
+    assert od.binary_loss(f, y, f_out).item() == pytest.approx((ce + math.log(1 + math.exp(-1))) / 2)
+    together = F.binary_cross_entropy_with_logits(torch.cat([f, f_out]), torch.tensor([[1.0], [0.0]]))
+    assert od.binary_loss(f, y, f_out).item() == pytest.approx(together.item())
+
+
+def test_what_attacks_in_training_minimise():
+    net, x, y = small_net(3), torch.rand(4, *SHAPE), torch.tensor([0, 1, 2, 0])
+    z = net(x)
+    assert torch.allclose(od.lower_logit(x, net, y), z[:, 0]) and torch.allclose(od.raise_logit(x, net, y), -z[:, 0])
+    assert torch.allclose(od.label_loss(x, net, y), -F.cross_entropy(z, y, reduction="none"), atol=1e-2)
+    even = torch.zeros(1, 3)
+    assert od.uniform_loss(even).item() == pytest.approx(math.log(3))  # least where all are equal
+    assert od.uniform_loss(even + torch.tensor([1.0, 0, 0])) > math.log(3)
+    assert torch.allclose(od.raise_confidence(x, net, y), -od.uniform_loss(z))
+
+
+EXPECTED = {  # what is attacked, by which loss; outputs
+    "softmax": (None, None, 10),
+    "exposure": (None, None, 10),
+    "binary": (None, None, 1),
+    "ratio": (od.label_loss, od.raise_confidence, 10),
+    "adversarial": (od.lower_logit, od.raise_logit, 1),
+}
+
+
+@pytest.mark.parametrize("name", od.METHODS)
+def test_an_update_of_each_method(run, monkeypatch, exact, name):
+    """The right side is attacked by the right loss within the right ball, and the loss sees what came out."""
+    s = replace(SMOKE, updates=1, eps_in=0.5, eps_out=1.5, steps_in=3, steps_out=4, step=0.25, lr=0.5)
+    data, p0 = some_images(40), some_images(40, seed=2)
+    inside, outside, outputs = EXPECTED[name]
+    calls, seen = [], []
+    real = od.pgd
+
+    def pgd(loss, x0, a, net, y):
+        assert not net.training
+        calls.append((loss, a, x0, y, real(loss, x0, a, net, y)))
+        return calls[-1][-1]
+    monkeypatch.setattr(od, "pgd", pgd)
+    method = od.METHODS[name]
+
+    def loss(z, y, z_out):
+        seen.append((z, y, z_out))
+        return method.loss(z, y, z_out)
+    monkeypatch.setitem(od.METHODS, name, method._replace(loss=loss))
+    before = {}
+
+    build = common.make_net
+
+    def make_net(*a):
+        net = build(*a)
+        before["net"] = common.frozen_copy(net).net
+        return net
+    monkeypatch.setattr(common, "make_net", make_net)
+    net = od.train(run, s, name, data, p0)
+    (z, y, z_out), = seen
+    assert z.shape == (4, outputs) and z_out.shape == (4, outputs)
+    index = common.batch_index(40, 4, run.seed, 0)
+    x, x_out = data.take(index), p0.take(common.batch_index(40, 4, run.seed + 1, 0))
+    assert torch.equal(y, data.y[index])
+    wanted = []
+    if inside:
+        wanted.append((inside, od.Attack("2", 0.5, 3, 0.25), x))
+    if outside:
+        wanted.append((outside, od.Attack("2", 1.5, 4, 0.25), x_out))
+    assert len(calls) == len(wanted)
+    for (loss_is, a, x0, labels, _), (loss_wanted, a_wanted, x0_wanted) in zip(calls, wanted):
+        assert loss_is is loss_wanted and a == a_wanted and torch.equal(x0, x0_wanted) and torch.equal(labels, y)
+    made = [call[-1] for call in calls]
+    x_seen = made[0] if inside else x
+    out_seen = made[-1] if outside else x_out
+    old = before["net"]
+    assert torch.allclose(z, old(x_seen), atol=1e-5) and torch.allclose(z_out, old(out_seen), atol=1e-5)
+    old.requires_grad_(True)  # the update: Nesterov's first step is lr (1 + momentum) times the gradient
+    method.loss(old(x_seen), y, old(out_seen)).backward()
+    for new, was in zip(net.parameters(), old.parameters()):
+        assert torch.allclose(new, was - 0.5 * 1.9 * was.grad, atol=1e-5)
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_the_detector_of_each_row():
+    rows = {name: (method, score.__name__) for name, (method, score) in od.DETECTORS.items()}
+    assert rows == {
+        "softmax, largest probability": ("softmax", "confidence"), "softmax, free energy": ("softmax", "free_energy"),
+        "Outlier Exposure": ("exposure", "confidence"), "binary": ("binary", "logit"), "RATIO": ("ratio", "confidence"),
+        "in- and out-AT (3.36)": ("adversarial", "logit")}
+    for method, _ in od.DETECTORS.values():
+        assert method in od.METHODS
+    for name, (inside, outside, outputs) in EXPECTED.items():
+        method = od.METHODS[name]
+        assert (method.inside, method.outside, method.binary) == (inside, outside, outputs == 1)
+
+
+def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch):
+    data, p0 = some_images(40), some_images(40, seed=2)
+    s = replace(SMOKE, updates=4)
+    whole = od.train(FakeRun(tmp_path / "whole"), s, "adversarial", data, p0)
+    run, real, count = FakeRun(tmp_path / "cut"), od.pgd, []
+    monkeypatch.setattr(common.Training, "SAVE_SECONDS", 0)
+
+    def pgd(*a):
+        count.append(1)
+        if len(count) > 5:
+            raise Killed
+        return real(*a)
+    monkeypatch.setattr(od, "pgd", pgd)
+    with pytest.raises(Killed):
+        od.train(run, s, "adversarial", data, p0)
+    monkeypatch.setattr(od, "pgd", real)
+    resumed = od.train(run, s, "adversarial", data, p0)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_batchnorm_is_the_same_function_in_attack_and_update(run):
+    data = some_images(40, shape=(3, 32, 32))
+    s = replace(SMOKE, net="resnet18", width=0.125, updates=1)
+    net = od.train(run, s, "adversarial", data, data)
+    for layer in net.modules():
+        assert not layer.training
+        if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean.abs().max() == 0 and (layer.running_var == 1).all()
+
+
+def test_augmentation_cuts_a_square_out_of_each_image():
+    x = torch.rand(6, 3, 32, 32)
+    out = od.augmented(x)
+    assert out.shape == x.shape and 0 <= out.min() and out.max() <= 1 and not torch.equal(out[0], out[1])
+    squares = set()
+    for image in out:
+        flat = (image == out.mean()).all()  # never all of it
+        same = (image == image[:, :1, :1]).all(0)
+        colours, counts = image.flatten(1).unique(dim=1, return_counts=True)
+        squares.add(int(counts.max()))
+        assert not flat and same is not None
+    assert min(squares) >= 64 and len(squares) > 1  # 16 x 16, or what the edge leaves of it
+
+
+# --- out-distribution sets ---
+
+
+def settings(**change):
+    return replace(SMOKE, **change)
+
+
+def test_p0s_classes_and_known_images_are_left_out(monkeypatch):
+    data, test = some_images(30, name="glyphs"), some_images(30, seed=5)
+    p0 = some_images(30, seed=6)
+    symbols, letters = some_images(30, seed=7), some_images(30, seed=8)
+    symbols.x[3], symbols.x[11], symbols.x[12] = data.x[2], test.x[4], p0.x[5]  # three that are known
+    made = {"symbols": symbols, "letters": letters, "noise": some_images(30, seed=9)}
+    asked = []
+
+    def load_images(name, split, data_dir, *shape):
+        asked.append((name, split))
+        if name not in made:
+            raise common.UserError("not here")
+        return made[name]
+    monkeypatch.setattr(od, "load_images", load_images)
+    args = SimpleNamespace(data_dir="", device="cpu")
+    sets = od.other_sets(args, settings(p0="letters:4", images=40), data, test, p0)
+    assert {split for _, split in asked} == {"test"}
+    assert list(sets) == ["symbols", "letters", "noise", "smooth noise", "single colours"]
+    assert sets["symbols"][1] == 3 and len(sets["symbols"][0]) == 27
+    assert sets["letters"][1] == 0 and len(sets["letters"][0]) == 18  # classes 4 to 9
+    kept = {(255 * x).round().to(torch.uint8).numpy().tobytes() for x in sets["letters"][0]}
+    assert kept == {x.numpy().tobytes() for x in letters.x[letters.y >= 4]}
+    assert "mnist" not in sets  # it could not be read
+
+
+def test_the_data_is_never_its_own_out_distribution(monkeypatch):
+    monkeypatch.setattr(od, "load_images", lambda name, *_: some_images(30, seed=len(name), name=name))
+    data = some_images(30, name="mnist")
+    sets = od.other_sets(SimpleNamespace(data_dir="", device="cpu"), settings(), data, some_images(9), some_images(9))
+    assert "mnist" not in sets and "fashion_mnist" in sets
+
+
+def test_made_up_sets():
+    colours = od.single_colours(5, (3, 8, 8)).float()
+    assert colours.flatten(2).std(2).max() == 0 and colours.flatten(2)[:, :, 0].std() > 20
+    smooth = od.smooth_noise(50, (1, 28, 28)).float()
+    steps = (smooth[..., 1:] - smooth[..., :-1]).abs().mean()
+    assert smooth.std() > 30 and steps < smooth.std() / 4
+
+
+# --- tables and figures ---
+
+
+@pytest.fixture
+def world():
+    sets = {"symbols": (torch.rand(6, *SHAPE), 2), "noise": (torch.rand(6, *SHAPE), 0)}
+    detectors = {FIRST: detector_of(small_net(3), od.confidence), LAST: detector_of(small_net(1, 4))}
+    return some_images(30), sets, detectors
+
+
+def record(monkeypatch):
+    """Attacks that are not made: the score rises by eps x steps, or falls; what they were called with."""
+    calls = []
+
+    def attacked(run, detector, x, a, restarts, sign=1):
+        calls.append((detector, a, restarts, sign, len(x)))
+        return x, detector(x) + sign * (a.eps + a.steps / 1000 + restarts)
+    monkeypatch.setattr(od, "attacked", attacked)
+    return calls
+
+
+def test_table_3_12(run, monkeypatch, world):
+    test, sets, detectors = world
+    calls = record(monkeypatch)
+    s = settings(eps=0.25, iterations=7, restarts=3)
+    rows = {row["quantity"]: row for row in od.table_3_12(run, s, test, sets, detectors)}
+    assert len(rows) == 12 and {call[1:4] for call in calls} == {(od.Attack("2", 0.25, 7), 3, 1), (od.Attack("2", 0.25, 7), 3, -1)}
+    x_in = test.some(s.images)[0]
+    for name, detector in detectors.items():
+        inside = detector(x_in)
+        for title, (x, removed) in sets.items():
+            clean = detector(x)
+            gain = 0.25 + 0.007 + 3
+            assert rows[f"AUROC {title}, {name}"]["value"] == od.auroc(inside, clean)
+            assert rows[f"AUROC {title}, {name}"]["removed"] == removed
+            assert rows[f"worst-case AUROC {title}, {name}"]["value"] == od.auroc(inside, clean + gain)
+            assert rows[f"AUROC data attacked {title}, {name}"]["value"] == od.auroc(inside - gain, clean)
+    assert len(calls) == 6  # for each detector: two sets, and the data
+
+
+def test_eps_sweep(run, monkeypatch, world):
+    test, sets, detectors = world
+    calls = record(monkeypatch)
+    rows = od.eps_sweep(run, settings(eps=2.0, iterations=7), test, sets, detectors)
+    assert [row["eps"] for row in rows[:7]] == [0, 0.25, 0.5, 1, 2, 3, 4] and len(rows) == 14
+    inside = detectors[FIRST](test.some(SMOKE.images)[0])
+    assert rows[0]["value"] == od.auroc(inside, detectors[FIRST](sets["symbols"][0]))  # clean, the first set
+    assert {a.steps for _, a, *_ in calls} == {7} and run.shown["eps-sweep"] == rows
+
+
+def test_steps(run, monkeypatch, world):
+    test, sets, detectors = world
+    calls = record(monkeypatch)
+    rows = od.steps(run, settings(iterations=50), test, sets, detectors)
+    assert {call[0] for call in calls} == {detectors[LAST]}
+    assert [row["iterations"] for row in rows[:6]] == [5, 10, 25, 50, 100, 200] == [call[1].steps for call in calls[:6]]
+    assert [row["restarts"] for row in rows[6:]] == [0, 1, 2, 5, 10] == [call[2] for call in calls[6:]]
+    assert {call[2] for call in calls[:6]} == {1} and {call[1].steps for call in calls[6:]} == {50}
+
+
+def test_histogram_and_gallery(run, monkeypatch, world):
+    test, sets, detectors = world
+    calls = record(monkeypatch)
+    run.histograms = lambda name, panels: run.shown.update({name: panels})
+    od.histogram(run, SMOKE, test, sets, detectors)
+    for name, panel in run.shown["histogram"].items():
+        inside, clean, worst = panel.values()
+        assert torch.equal(inside, detectors[name](test.some(SMOKE.images)[0]))
+        assert torch.equal(clean, detectors[name](sets["symbols"][0])) and (worst > clean).all()
+    calls.clear()
+    rows = od.gallery(run, settings(eps=2.0), sets, detectors)
+    assert [call[1].eps for call in calls] == [2, 2, 6, 12] * 2 and [row["eps"] for row in rows] == [2, 6, 12] * 2
+    for name in (FIRST, LAST):  # those that the attacked detector likes best
+        order = detectors[name](sets["symbols"][0]).argsort(descending=True)
+        assert torch.equal(run.shown["gallery"][f"{name}: symbols"], sets["symbols"][0][order])
+    assert [call[0] for call in calls] == [detectors[FIRST]] * 4 + [detectors[LAST]] * 4
+
+
+# --- the script ---
+
+
+def test_smoke_run_of_every_experiment(tmp_path, outcome):
+    flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu")
+    assert outcome(od, *flags, "--only", *od.EXPERIMENTS) == (0, "")
+    folder = tmp_path / "ood_detect-glyphs"
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == set(od.EXPERIMENTS) and {entry["p0"] for entry in results.values()} == {"letters:36"}
+    for name, entry in results.items():
+        for row in entry["rows"]:
+            assert math.isfinite(row["value"]), (name, row)
+    assert {p.stem for p in folder.glob("*.png")} == {"histogram", "gallery", "eps-sweep", "steps"}
+    assert {p.stem for p in folder.glob("*.pt")} == set(od.METHODS)
+    code, err = outcome(od, *flags, "--eps-out", "0.7")
+    assert code == 2 and "adversarial.pt" in err or "ratio.pt" in err
+
+
+def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
+    data = write_npz("cifar10", n=60)
+    for name in ("cifar100", "svhn"):
+        x_test = np.random.RandomState(len(name)).randint(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+        write_npz(name, n=60, x_test=x_test)
+    flags = ("--dataset", "cifar10", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
+    assert outcome(od, *flags, "--p0", "cifar100:5", "--width", "0.125") == (0, "")
+    rows = json.loads((tmp_path / "ood_detect-cifar10" / "results.json").read_text())["table3.12"]["rows"]
+    assert {"AUROC svhn, RATIO", "AUROC cifar100, binary", "worst-case AUROC single colours, binary"} <= {r["quantity"] for r in rows}
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--augment", "auto"), "--augment"), (("--augment", "flip"), "--augment"), (("--p0", "letters:0"), "--p0"),
+    (("--p0", "nothing"), "nothing"), (("--eps", "0"), "--eps"), (("--images", "1"), "--images"), (("--batch", "0"), "--batch"),
+    (("--steps-out", "-1"), "--steps-out"), (("--iterations", "0"), "--iterations")])
+def test_bad_input_is_one_line(tmp_path, outcome, flags, says):
+    code, err = outcome(od, "--budget", "smoke", "--out", tmp_path / "out", "--device", "cpu", *flags)
+    assert code == 2 and says in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
