@@ -73,7 +73,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     images=(300, 2000, 5000, 5000, 49_920, 49_920, 49_920, 49_920, "samples in an evaluation"),
     compared=(100, 500, 500, 500, 500, 500, 500, 500, "updates of each learner in figure 6.4"),
     # synthesis: Alg. 5
-    synth_updates=(1000, 3000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
+    synth_updates=(800, 3000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
     synth_lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, of H"),
     synth_lr_g=(1e-3, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 5e-5, "rate of Adam, of G"),
     synth_k=(20, 30, 50, 50, 50, 50, 50, 50, "Langevin steps of an update"),
@@ -81,11 +81,11 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     synth_tau_y=(0.015, 0.015, 2.5e-4, 2.5e-4, 2.5e-4, 5e-5, 2.5e-4, 2.5e-4, "noise of a step of y"),
     synth_t=(1e-4, 1e-4, 1e-8, 1e-8, 1e-8, 1e-3, 1e-8, 1e-8, "T"),
     synth_noise=(0.03, 0.03, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, "noise on the data"),
-    refine_updates=(200, 1000, 3000, 3000, 25_000, 150_000, 25_000, 25_000, "updates of H"),
+    refine_updates=(160, 1000, 3000, 3000, 25_000, 150_000, 25_000, 25_000, "updates of H"),
     refine_lr=(1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-4, 1e-5, 1e-5, "rate of Adam"),
-    refine_k=(20, 30, 50, 50, 250, 100, 100, 100, "Langevin steps of an update"),
-    refine_k_test=(30, 60, 100, 100, 350, 350, 125, 125, "Langevin steps to a sample"),
-    refine_tau_y=(0.005, 0.005, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, "noise of a step of y"),
+    refine_k=(15, 30, 50, 50, 250, 100, 100, 100, "Langevin steps of an update"),
+    refine_k_test=(10, 60, 100, 100, 350, 350, 125, 125, "Langevin steps to a sample"),
+    refine_tau_y=(0.01, 0.01, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, "noise of a step of y"),
     refine_tau_z=(0.02, 0.02, 5e-3, 5e-3, 5e-3, 5e-3, 5e-3, 5e-3, "noise of a step of z"),
     refine_t=(1e-4, 1e-4, 1e-6, 1e-6, 1e-3, 1e-4, 1e-6, 1e-6, "T"),
     refine_noise=(0.03, 0.03, 5e-4, 5e-4, 5e-4, 1e-2, 5e-4, 5e-4, "noise on the data"),
@@ -102,10 +102,6 @@ CLIP = 1.25  # longest way that y goes down the slope in a step, l_2 over an ima
 PRIOR = 200.0  # retrofit: this times |y|^2 is added to U, as in the published configuration
 LIFE = 78  # updates that a pair stays in the bank, on average: the bank holds so many batches
 D_UPDATES = 5  # updates of the SNGAN's discriminator for one of its generator
-INFER_STEPS = 10  # of Eq. 6.10
-INFER_TAU = 0.1  # s of Eq. 6.10
-INFER_ETA = 0.15  # eta of Eq. 6.10
-DDLS_TAU = 0.1  # noise of a step of DDLS
 DRAWS = 3  # sets of samples that a distance is the mean of
 OTHERS = {  # channels: data sets that table 6.3 holds against the script's own
     1: ("symbols", "letters", "fashion_mnist", "noise"),
@@ -115,7 +111,7 @@ OTHERS = {  # channels: data sets that table 6.3 holds against the script's own
 # --- generators, an encoder ---------------------------------------------------------------------------------
 
 GENERATOR = {  # side: side of the first map, its channels, channels behind each block that doubles the side
-    28: (7, 512, (256, 128)),
+    28: (7, 256, (256, 256)),
     32: (4, 256, (256, 256, 256)),
     64: (4, 1024, (512, 256, 128, 64)),
     128: (4, 1024, (1024, 512, 256, 128, 64)),
@@ -234,12 +230,16 @@ def noise_for(G, n):
     """n draws of z ~ N(0, I) of G's shape, on its device [n, *latent]."""
     return torch.randn(n, *G.latent, device=next(G.parameters()).device)
 
+def walk(hat, state, steps):
+    """The state z, G(z), y of chains after so many steps more."""
+    return repeat(hat_step, state, steps, hat.H, hat.G, hat.mode)
+
+@torch.no_grad()
 def sample(hat, n, steps):
     """n chains from z ~ N(0, I), y = 0 -> z, G(z), y; the samples are G(z) + y."""
     z = noise_for(hat.G, n)
-    with torch.no_grad():
-        g = hat.G(z)
-    return repeat(hat_step, (z, g, torch.zeros_like(g)), steps, hat.H, hat.G, hat.mode)
+    g = hat.G(z)
+    return walk(hat, (z, g, torch.zeros_like(g)), steps)
 
 # --- learning -----------------------------------------------------------------------------------------------
 
@@ -256,10 +256,10 @@ def exchange(bank_z, bank_x, rows, z, x):
     return old
 
 def infer_step(z, G, x):
-    """Eq. 6.10: a step of z towards what would generate x."""
+    """Eq. 6.10 with s = .1, eta = .15: a step of z towards what would generate x."""
     slope = input_gradient(lambda z: lengths(G(z) - x).square(), z)
-    down = z + slope / (2 * INFER_ETA**2)
-    return z - INFER_TAU**2 / 2 * down + INFER_TAU * torch.randn_like(z)
+    down = z + slope / (2 * 0.15**2)
+    return z - 0.1**2 / 2 * down + 0.1 * torch.randn_like(z)
 
 @seeded
 def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False):
@@ -306,7 +306,7 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
                 rows = torch.randperm(len(bank_z))[: s.batch]
                 z, chains = exchange(bank_z, bank_x, rows, z, chains)
             elif pairs == "inferred":
-                z = repeat(infer_step, z, INFER_STEPS, G, chains)
+                z = repeat(infer_step, z, 10, G, chains)
             with fast_precision(run.device):
                 loss_g = (G(z).float() - chains).square().mean()
             descend(adam_g, loss_g)
@@ -358,7 +358,7 @@ def train_sngan(run, s, data):
 def ddls_step(z, G, D):
     """DDLS: a Langevin step of the energy |z|^2/2 - D(G(z)) of z [B, 128]."""
     slope = z - input_gradient(lambda z: D(G(z)), z)
-    return z - DDLS_TAU**2 / 2 * slope + DDLS_TAU * torch.randn_like(z)
+    return z - 0.1**2 / 2 * slope + 0.1 * torch.randn_like(z)
 
 @seeded
 def train_autoencoder(run, s, data):
@@ -424,17 +424,22 @@ def auroc(positive, negative):
     up_to = torch.searchsorted(ordered, positive, right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
+def bootstrap(positive, negative, draws=500):
+    """95 % interval [low, high] of auroc(): both sets of scores drawn anew, with replacement."""
+    g = torch.Generator().manual_seed(0)
+    areas = []
+    for _ in range(draws):
+        i = torch.randint(len(positive), (len(positive),), generator=g)
+        j = torch.randint(len(negative), (len(negative),), generator=g)
+        areas.append(auroc(positive[i], negative[j]))
+    return torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
+
 # --- tables and figures -------------------------------------------------------------------------------------
 
 def from_hat(hat, steps, n):
-    """n samples of a Hat EBM by chains of these steps [n, C, S, S]."""
+    """n samples of a Hat EBM by chains of these steps [n, C, S, S]; 0 steps: of its generator alone."""
     _, g, y = sample(hat, n, steps)
     return g + y
-
-@torch.no_grad()
-def from_noise(G, n):
-    """G of n draws of z [n, C, S, S]."""
-    return G(noise_for(G, n))
 
 def from_ddls(G, D, steps, n):
     """n samples of the SNGAN by chains of DDLS of these steps [n, C, S, S]."""
@@ -442,16 +447,13 @@ def from_ddls(G, D, steps, n):
     with torch.no_grad():
         return G(z)
 
-def draw_parts(run, make, n):
-    """make(so many) in parts that fit the memory -> n images [n, C, S, S]."""
-    return torch.cat([make(len(part)) for part in torch.arange(n).split(run.chunk)])
-
 def distance_row(run, s, metric, title, make, **beside):
     """A row: Frechet distance of s.images images that make(n) draws: mean, lowest, highest of DRAWS."""
     distances = []
     for draw in range(DRAWS):
         torch.manual_seed(run.seed + draw)
-        distances.append(metric.distance(draw_parts(run, make, s.images)))
+        x = [make(len(part)) for part in torch.arange(s.images).split(run.chunk)]
+        distances.append(metric.distance(torch.cat(x)))
     low, high = min(distances), max(distances)
     mean = sum(distances) / DRAWS
     return value(f"{metric.name} {title}", mean, low=low, high=high, n=s.images, **beside)
@@ -465,7 +467,7 @@ def before_and_after(run, name, hat):
     """NAME.png: 60 starts of chains, and where these chains end."""
     torch.manual_seed(run.seed)
     state = sample(hat, 60, 0)
-    _, g, y = repeat(hat_step, state, hat.mode.k_test, hat.H, hat.G, hat.mode)
+    _, g, y = walk(hat, state, hat.mode.k_test)
     run.pictures(name, {"G(Z), Z from N(0, I)": state[1], "ends of chains": g + y}, 20)
 
 def table_6_1(run, s, test, metric, sngan, refine):
@@ -473,7 +475,7 @@ def table_6_1(run, s, test, metric, sngan, refine):
     _, D = sngan
     G, k = refine.G, refine.mode.k_test
     make = partial(distance_row, run, s, metric)
-    rows = [make("generator", partial(from_noise, G))]
+    rows = [make("generator", partial(from_hat, refine, 0))]
     rows.append(make("DDLS", partial(from_ddls, G, D, 4 * k), steps=4 * k))
     rows.append(make("Hat EBM", partial(from_hat, refine, k), steps=k))
     before_and_after(run, "table6.1", refine)
@@ -483,13 +485,13 @@ def table_6_2(run, s, test, metric, synth):
     """Synthesis from nothing: the samples, and what the generator alone draws."""
     k = synth.mode.k_test
     rows = [distance_row(run, s, metric, "Hat EBM", partial(from_hat, synth, k), steps=k)]
-    rows.append(distance_row(run, s, metric, "G alone", partial(from_noise, synth.G)))
+    rows.append(distance_row(run, s, metric, "G alone", partial(from_hat, synth, 0)))
     return [*rows, floor_row(s, metric, test)]
 
 def table_6_3(s, test, synth, load):
     """Out-of-distribution detection: AUROC of -H, test images of the data set against those of others."""
     x, _ = test.some(10_000)
-    inside = by_parts(synth.H, x, 250)[:, 0]
+    inside = by_parts(synth.H, x, 250)[:, 0].cpu()
     rows = []
     for name in OTHERS[test.shape[0]]:
         if name == test.name:
@@ -499,8 +501,10 @@ def table_6_3(s, test, synth, load):
         except UserError as error:
             print(f"left out: {error}")
             continue
-        outside = by_parts(synth.H, others.some(10_000)[0], 250)[:, 0]
-        rows.append(value(f"AUROC {name}", auroc(-inside, -outside), n=len(outside)))
+        outside = by_parts(synth.H, others.some(10_000)[0], 250)[:, 0].cpu()
+        interval = bootstrap(-inside, -outside)
+        area = auroc(-inside, -outside)
+        rows.append(value(f"AUROC {name}", area, interval=interval, n=len(outside)))
     return rows
 
 def figure_6_4(run, s, data, test, metric):
@@ -520,7 +524,7 @@ def figure_6_4(run, s, data, test, metric):
         name = title.replace(", ", "-").replace(" ", "-")
         hat = train_hat(run, s, m, data, f"figure6.4-{name}", **options)
         torch.manual_seed(run.seed)
-        x = draw_parts(run, partial(from_hat, hat, m.k), n)
+        x = from_hat(hat, m.k, n)
         beside = {"updates": m.updates, "n": n}
         rows.append(value(f"{metric.name} {title}", metric.distance(x), **beside))
         rows.append(value(f"diversity {title}", metric.diversity(x) / whole, **beside))
@@ -535,17 +539,16 @@ def figure_6_5(run, hats):
         torch.manual_seed(run.seed)
         state, done = sample(hat, 16, 0), 0
         path = {"X": [], "G(Z)": [], "5 Y": []}
-        for k in [0, *common.multiples(hat.mode.k, (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5))]:
-            state = repeat(hat_step, state, k - done, hat.H, hat.G, hat.mode)
+        for k in [0, *common.multiples(hat.mode.k, (0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5))]:
+            _, g, y = state = walk(hat, state, k - done)
             done = k
-            _, g, y = state
             path["X"].append(g[0] + y[0])
             path["G(Z)"].append(g[0])
             path["5 Y"].append(0.5 + 5 * y[0])
         for title, images in path.items():
             pictures[f"{name}: {title}"] = torch.stack(images)
         rows.append(value(f"mean length of Y, {name}", lengths(y).mean().item(), steps=done))
-    run.pictures("figure6.5", pictures, 9)
+    run.pictures("figure6.5", pictures, 8)
     return rows
 
 def figure_6_6(run, s, data, sngan, refine):
@@ -588,14 +591,9 @@ def paths(run, s, metric, synth, refine):
     """Frechet distance against Langevin steps, up to eight times as many as in training."""
     rows = []
     for name, hat in {"synth": synth, "refine": refine}.items():
-        torch.manual_seed(run.seed)
-        parts = [sample(hat, len(part), 0) for part in torch.arange(s.images).split(run.chunk)]
-        done = 0
         for steps in [0, *common.multiples(hat.mode.k, (1 / 4, 1 / 2, 1, 2, 4, 8))]:
-            parts = [repeat(hat_step, part, steps - done, hat.H, hat.G, hat.mode) for part in parts]
-            done = steps
-            x = torch.cat([g + y for _, g, y in parts])
-            rows.append(value(f"{metric.name} {name}", metric.distance(x), steps=steps, n=len(x)))
+            make = partial(from_hat, hat, steps)
+            rows.append(distance_row(run, s, metric, name, make, steps=steps))
     run.lines("paths", rows, "steps", xscale="symlog", ylabel=metric.name)
     return rows
 
@@ -621,9 +619,9 @@ def get_args(argv=None):
     common.at_least(2, s, "images")
     common.above_0(s, "width width_g refine_tau_z retrofit_tau_z synth_lr_g")
     if s.mode not in ("all", *MODES):
-        raise UserError(f"unknown --mode '{s.mode}'; known: all, {', '.join(MODES)}")
+        raise UserError(f"--mode {s.mode}: known are {['all', *MODES]}")
     if s.side not in GENERATOR:
-        raise UserError(f"--side {s.side}: known are {', '.join(map(str, GENERATOR))}")
+        raise UserError(f"--side {s.side}: known are {list(GENERATOR)}")
     if s.mode != "all" and not any(word.startswith("--only") for word in args.argv):
         args.only = MODES[s.mode]
     return args

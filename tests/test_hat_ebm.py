@@ -227,7 +227,7 @@ def test_batchnorm_is_there_only_where_it_is_asked_for(run, monkeypatch, batchno
     sample = hb.sample
     monkeypatch.setattr(hb, "sample", lambda hat, *a: modes.append(hat.G.net.training) or sample(hat, *a))
     hat = hb.train_hat(run, SMOKE, MODE, some_images(), "coop", pairs="inferred", batchnorm=batchnorm)
-    assert set(modes) == {batchnorm} and len(modes) == 3 * hb.INFER_STEPS + 3
+    assert set(modes) == {batchnorm} and len(modes) == 3 * 10 + 3
     means = [t for key, t in hat.G.net.state_dict().items() if key.endswith("running_mean")]
     assert means and all((m == 0).all().item() != batchnorm for m in means)
     assert not hat.G.net.training  # samples afterwards do not depend on their batch
@@ -346,7 +346,7 @@ def test_out_of_distribution_sets_rank_by_minus_h(run):
 
 def test_table_6_1_holds_the_three_against_each_other(run, monkeypatch):
     data, called = some_images(64), []
-    for name in ("from_ddls", "from_noise", "from_hat"):
+    for name in ("from_ddls", "from_hat"):
         real = getattr(hb, name)
         monkeypatch.setattr(hb, name, lambda *a, name=name, real=real: called.append((name, a[:-1])) or real(*a))
     G, D = hb.Generator((1, 28, 28), 0.0625, 1).eval(), common.make_net("light_ebm", 1, (1, 28, 28), 0.0625)
@@ -354,8 +354,7 @@ def test_table_6_1_holds_the_three_against_each_other(run, monkeypatch):
     rows = hb.table_6_1(run, SMOKE, data, metric_of(data), (G, D), refine)
     assert [row["quantity"] for row in rows] == ["FD-cls generator", "FD-cls DDLS", "FD-cls Hat EBM", "FD-cls held-out data"]
     assert [a for name, a in called if name == "from_ddls"] == [(refine.G, D, 16)] * hb.DRAWS
-    assert [a for name, a in called if name == "from_noise"] == [(refine.G,)] * hb.DRAWS
-    assert [a for name, a in called if name == "from_hat"] == [(refine, 4)] * hb.DRAWS
+    assert [a for name, a in called if name == "from_hat"] == [(refine, 0)] * hb.DRAWS + [(refine, 4)] * hb.DRAWS
     for row in rows[:3]:
         assert row["low"] < row["value"] < row["high"]  # other noise in each draw
     assert rows[3]["value"] < min(row["value"] for row in rows[:3])
@@ -402,16 +401,14 @@ def test_figure_6_6_shows_a_training_that_ran_away(run, monkeypatch):
     assert rows[1]["value"] == float("inf") and rows[1]["updates"] == 2
 
 
-def test_paths_go_on_from_where_they_were(run, monkeypatch):
-    data = some_images(64)
-    hat = fixed_hat(JOINT._replace(k=4))
-    seen = []
-    monkeypatch.setattr(hb.Metric, "distance", lambda self, x: seen.append(x) or 0.0)
-    rows = hb.paths(run, SMOKE, metric_of(data), hat, hat)
-    assert [row["steps"] for row in rows] == [0, 1, 2, 4, 8, 16, 32] * 2 and {row["n"] for row in rows} == {SMOKE.images}
-    torch.manual_seed(run.seed)
-    _, g, y = hb.sample(hat, SMOKE.images, 4)
-    assert torch.equal(seen[3], g + y)
+def test_paths_walk_up_to_eight_times_as_long_as_training(run, monkeypatch):
+    data, made = some_images(64), []
+    synth, refine = fixed_hat(MODE._replace(k=4)), fixed_hat(JOINT._replace(k=8))
+    monkeypatch.setattr(hb, "from_hat", lambda hat, steps, n: made.append((hat, steps)) or data.take(slice(n)))
+    rows = hb.paths(run, SMOKE, metric_of(data), synth, refine)
+    assert [row["steps"] for row in rows] == [0, 1, 2, 4, 8, 16, 32, 0, 2, 4, 8, 16, 32, 64]
+    assert made == [(hat, row["steps"]) for hat, row in zip([synth] * 7 + [refine] * 7, rows) for _ in range(hb.DRAWS)]
+    assert run.shown["paths"] == rows
 
 
 def test_mode_picks_its_own_settings():
