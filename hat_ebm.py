@@ -3,43 +3,45 @@ r"""The Hat EBM: an energy that sits on a generator like a hat, and on an image 
 Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image Models", chapter 6.
 
 A generator G turns a latent z, a vector of random numbers, into an image. An energy is a network that gives
-an image one number, low for images like the training data. A chain walks down an energy in small steps, each
-with some noise (Langevin dynamics), and ends at samples. Here an image is the sum X = G(z) + y, and a network
-H, the hat, gives X its energy. Chains start at z ~ N(0, I) and a residual image y = 0, and walk in z, in y or
-in both. y reaches what G cannot generate. H is taught as any energy is: the energy of data down, of the ends
-of chains up. So nobody has to find the z of a training image. Three modes share sampler and training loop;
-they differ in where G comes from, and in what walks:
+an image one number, low for images like the training data; exp(-energy) is, up to a factor, their density. A
+chain walks down an energy in small steps, each with some noise (Langevin dynamics), and ends at samples of
+that density. Here an image is the sum X = G(z) + y, and a network H, the hat, gives X its energy. Chains start
+at z ~ N(0, I) and a residual image y = 0, and walk in z, in y or in both. y reaches what G cannot generate.
+H is taught as any energy is: H(data) down, H(ends of chains) up. It is applied to a training image itself, so
+nobody has to find the z that would generate it. Three modes share sampler and training loop; they differ in
+where G comes from, and in what walks:
 
-    synth     G is learned with H, from ends of chains; only y walks (the conditional model, Eq. 6.9)
+    synth     G is learned with H: it imitates ends of chains, so that chains start ever nearer to data. z stays
+              as drawn and y alone walks (Eq. 6.9: the model of y for a given z)
     refine    G is the frozen generator of a GAN (generative adversarial network), trained here; z and y walk
-    retrofit  G is the frozen decoder of an autoencoder, whose z has no known distribution; z and y walk
+    retrofit  G is the frozen decoder of an autoencoder; z and y walk. Its encoder puts every z on a sphere as
+              large as N(0, I) is long, but where on it images lie nobody knows: chains have to find out
 
-    U(y, z) = H(G(z) + y) / T: energy, LOW = in-distribution; T the temperature        (6.4)
+    U(y, z) = H(G(z) + y) / T: energy, LOW = in-distribution; T, the temperature, weighs noise against slope (6.4)
     Pixels are in [0, 1]; networks scale inside. The source's are in [-1, 1]: its tau of y, noise on the data
-    and clip stand here halved. z is the same there and here.
+    and clip stand here halved, its prior on y (retrofit) four times. z is the same there and here.
     (6.7)   z <- z - tau_z^2/(2T) grad_z H(G(z) + y) + tau_z N(0, I), then
-    (6.6)   y <- y - tau_y^2/(2T) grad_y H(G(z) + y) + tau_y N(0, I). Its slope moves y by at most CLIP.
-    (6.8)   gradient of E_data[H] - E_chains[H], chains held fixed
-    Alg. 5  synth: a bank keeps pairs (X, z) of the past. After H's update G takes a step down the mean of
-            ||G(z) - X||^2 (6.12) on pairs drawn from the bank; the newest pairs then take their places. A
-            pair is 78 updates old on average. Pairs just made resemble each other too much, says the
-            source; figure 6.4 looks.
+    (6.6)   y <- y - tau_y^2/(2T) grad_y H(G(z) + y) + tau_y N(0, I). The slope moves y by an l_2 length of at
+            most CLIP, however steep H is. Nothing pulls z back to N(0, I); the log shows how far it strays
+    (6.8)   H's weights follow the gradient of E_data[H] - E_chains[H], chains held fixed
+    Alg. 5  synth: a bank keeps pairs (X, z) of the past, 78 updates old on average; at first they are G's own.
+            After H's update G takes a step down the mean of ||G(z) - X||^2 (6.12) on pairs drawn from the bank;
+            the newest pairs then take their places. Why not on the newest? Figure 6.4 tries it.
     (6.10)  Cooperative learning, the peer: before G learns from (X, z), z takes some steps of
             z <- z - s^2/2 (z + grad_z ||G(z) - X||^2 / (2 eta^2)) + s N(0, I): which z made X?
-    DDLS    Another peer: steps in z alone down |z|^2/2 - D(G(z)), D the logit of the GAN's discriminator.
+    DDLS    Another peer (discriminator-driven latent sampling): steps in z alone down |z|^2/2 - D(G(z)), D the
+            logit of the GAN's discriminator. Constants of both peers are ours, and not tuned.
 
 Commands (two cores; all numbers: results/hat_ebm.md):
-    python hat_ebm.py                       all three modes' tables but retrofit's, on rendered digits
-    python hat_ebm.py --mode refine         one mode alone: synth, refine or retrofit
-    python hat_ebm.py --only table6.3       does the energy of synth tell other images from digits?
+    python hat_ebm.py                       synthesis and refinement of rendered digits
+    python hat_ebm.py --mode retrofit       one mode alone: synth, refine or retrofit
     python hat_ebm.py --dataset cifar10     a GPU; --budget paper: published files; thesis: the thesis's table
-The log. d: mean H of data minus that of ends of chains, near 0 in balance. grad: length of grad H at these
-ends. y: length of the residual. z: standard deviation of the latent, 1 at the start. loss_g: Eq. 6.12.
+The log. d: mean H of data minus that of ends of chains; far below 0 the chains have lost, H tells them at sight.
+grad: length of grad H at these ends. y: of the residual. z: its standard deviation. loss_g: Eq. 6.12 a pixel.
 
 Differs: digits have the T and the data noise of lifecycle_midrun.py; the source's T of 1e-8 is for colour
 images. Evaluations clip like training and start at y = 0. The GAN is taught by cross-entropy, so that D is a
-logit, as DDLS wants. Rates stay constant. FD-cls as in at_gen.py. Constants of Eq. 6.10 are ours; the
-published cooperative code leaves it out.
+logit, as DDLS wants. Rates stay constant. The published cooperative code leaves Eq. 6.10 out.
 """
 from functools import partial
 from typing import NamedTuple
@@ -60,7 +62,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     smoke=dict(width=0.0625, width_g=0.0625, batch=8, gan_iters=2, ae_iters=2, cls_iters=3, images=24,
                synth_updates=3, synth_k=2, synth_k_test=3, refine_updates=3, refine_k=2, refine_k_test=3,
                retrofit_updates=3, retrofit_k=2, retrofit_k_test=3),
-    mode=("all", "the headline experiments of one mode: synth, refine or retrofit; all"),
+    mode=("all", "the tables and figures of one mode: synth, refine or retrofit; all"),
     side=(28, 28, 32, 64, 32, 32, 64, 128, "pixels; pictures in files are resized"),
     net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "sngan", "sngan", "sngan",
          "network of H, and of the GAN's D"),
@@ -77,14 +79,14 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     synth_lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, of H"),
     synth_lr_g=(1e-3, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 5e-5, "rate of Adam, of G"),
     synth_k=(20, 30, 50, 50, 50, 50, 50, 50, "Langevin steps of an update"),
-    synth_k_test=(40, 60, 125, 100, 125, 125, 100, 150, "Langevin steps to a sample"),
+    synth_k_test=(30, 60, 125, 100, 125, 125, 100, 150, "Langevin steps to a sample"),
     synth_tau_y=(0.015, 0.015, 2.5e-4, 2.5e-4, 2.5e-4, 5e-5, 2.5e-4, 2.5e-4, "noise of a step of y"),
     synth_t=(1e-4, 1e-4, 1e-8, 1e-8, 1e-8, 1e-3, 1e-8, 1e-8, "T"),
     synth_noise=(0.03, 0.03, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, "noise on the data"),
     refine_updates=(160, 1000, 3000, 3000, 25_000, 150_000, 25_000, 25_000, "updates of H"),
     refine_lr=(1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-4, 1e-5, 1e-5, "rate of Adam"),
     refine_k=(15, 30, 50, 50, 250, 100, 100, 100, "Langevin steps of an update"),
-    refine_k_test=(10, 60, 100, 100, 350, 350, 125, 125, "Langevin steps to a sample"),
+    refine_k_test=(20, 60, 100, 100, 350, 350, 125, 125, "Langevin steps to a sample"),
     refine_tau_y=(0.01, 0.01, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, 5e-5, "noise of a step of y"),
     refine_tau_z=(0.02, 0.02, 5e-3, 5e-3, 5e-3, 5e-3, 5e-3, 5e-3, "noise of a step of z"),
     refine_t=(1e-4, 1e-4, 1e-6, 1e-6, 1e-3, 1e-4, 1e-6, 1e-6, "T"),
@@ -99,7 +101,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     retrofit_noise=(0.03, 0.03, 5e-3, 5e-3, 5e-3, 5e-4, 5e-3, 5e-3, "noise on the data"),
 )
 CLIP = 1.25  # longest way that y goes down the slope in a step, l_2 over an image
-PRIOR = 200.0  # retrofit: this times |y|^2 is added to U, as in the published configuration
+PRIOR = 200.0  # retrofit: this times |y|^2 is added to U, as published (50 where pixels are in [-1, 1])
 LIFE = 78  # updates that a pair stays in the bank, on average: the bank holds so many batches
 D_UPDATES = 5  # updates of the SNGAN's discriminator for one of its generator
 DRAWS = 3  # sets of samples that a distance is the mean of
@@ -117,12 +119,8 @@ GENERATOR = {  # side: side of the first map, its channels, channels behind each
     128: (4, 1024, (1024, 512, 256, 128, 64)),
 }
 
-def last_layers(c, channels):
-    """BatchNorm, ReLU and a convolution to an image."""
-    return [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, channels, 3, 1, 1)]
-
 class Generator(nn.Module):
-    """G, an SNGAN generator: z [B, 128] -> [B, C, S, S]. factor 2: it reaches from -.5 to 1.5."""
+    """G, an SNGAN generator: z [B, 128] -> [B, C, S, S]. factor 2: it reaches, as published, -.5 to 1.5."""
 
     def __init__(self, shape, width, factor):
         super().__init__()
@@ -134,7 +132,7 @@ class Generator(nn.Module):
         for w in wide:
             layers.append(common.GBlock(c, round(w * width)))
             c = round(w * width)
-        self.body = nn.Sequential(*layers, *last_layers(c, channels))
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, channels, 3, 1, 1))
         common.init_xavier(self)
 
     def forward(self, z):
@@ -149,10 +147,9 @@ class Decoder(nn.Module):
         c = round(256 * width)
         self.latent = (1, side // 2, side // 2)
         first = common.GBlock(1, c, up=False)
-        first.main = first.main[2:]
-        layers = [first, common.GBlock(c, c)]
-        layers += [common.GBlock(c, c, up=False), common.GBlock(c, c, up=False)]
-        self.body = nn.Sequential(*layers, *last_layers(c, channels))
+        first.main = first.main[2:]  # no BatchNorm, no ReLU before the first convolution
+        layers = [first, common.GBlock(c, c), common.GBlock(c, c, up=False), common.GBlock(c, c, up=False)]
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, channels, 3, 1, 1))
         common.init_xavier(self)
 
     def forward(self, z):
@@ -273,7 +270,8 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
     parts = {"H": H, "adam": adam}
     learned = G is None
     if learned:
-        G = Generator(data.shape, s.width_g, 2).to(run.device).train(batchnorm)
+        G = Generator(data.shape, s.width_g, 2).to(run.device)
+        G.train(batchnorm)  # in eval mode, even in its own update, BatchNorm's mean is 0 and its variance 1
         adam_g = torch.optim.Adam(G.parameters(), s.synth_lr_g)
         bank_z = noise_for(G, LIFE * s.batch)
         with torch.no_grad():
@@ -297,7 +295,7 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
         chains = g + y
         with fast_precision(run.device):
             h_data, h_chains = H(torch.cat([x, chains]))[:, 0].float().chunk(2)
-        d = h_data.mean() - h_chains.mean()  # the gradient of d / T is Eq. 6.8
+        d = h_data.mean() - h_chains.mean()  # Eq. 6.8; of U, hence / T, which Adam hardly feels
         descend(adam, d / m.t)
         slope = input_gradient(hat.H, chains)
         training.log(d=d, grad=lengths(slope).mean(), y=lengths(y).mean(), z=z.std())
@@ -306,7 +304,7 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
                 rows = torch.randperm(len(bank_z))[: s.batch]
                 z, chains = exchange(bank_z, bank_x, rows, z, chains)
             elif pairs == "inferred":
-                z = repeat(infer_step, z, 10, G, chains)
+                z = repeat(infer_step, z, 5, G, chains)
             with fast_precision(run.device):
                 loss_g = (G(z).float() - chains).square().mean()
             descend(adam_g, loss_g)
@@ -552,7 +550,7 @@ def figure_6_5(run, hats):
     return rows
 
 def figure_6_6(run, s, data, sngan, refine):
-    """Refinement without the residual Y: gradient norms of H where chains end, at a constant rate."""
+    """Refinement without the residual Y: gradient norms of H where chains end. Does H run away?"""
     without = refine.mode._replace(tau_y=0.0)
     try:
         log = train_hat(run, s, without, data, "refine-without-Y", G=sngan[0]).log
@@ -582,10 +580,7 @@ def figure_6_9(run, synth, test):
     """Figures 6.9 to 6.11: samples of synthesis, uncurated, and data."""
     sets = {"samples": from_hat(synth, synth.mode.k_test, 100), "data": test.some(100)[0]}
     run.pictures("figure6.9", sets, 20)
-    rows = []
-    for title, x in sets.items():
-        rows.append(value(f"mean H of {title}", synth.H(x).mean().item()))
-    return rows
+    return [value(f"mean H of {title}", synth.H(x).mean().item()) for title, x in sets.items()]
 
 def paths(run, s, metric, synth, refine):
     """Frechet distance against Langevin steps, up to eight times as many as in training."""

@@ -227,7 +227,7 @@ def test_batchnorm_is_there_only_where_it_is_asked_for(run, monkeypatch, batchno
     sample = hb.sample
     monkeypatch.setattr(hb, "sample", lambda hat, *a: modes.append(hat.G.net.training) or sample(hat, *a))
     hat = hb.train_hat(run, SMOKE, MODE, some_images(), "coop", pairs="inferred", batchnorm=batchnorm)
-    assert set(modes) == {batchnorm} and len(modes) == 3 * 10 + 3
+    assert set(modes) == {batchnorm} and len(modes) == 3 * 5 + 3
     means = [t for key, t in hat.G.net.state_dict().items() if key.endswith("running_mean")]
     assert means and all((m == 0).all().item() != batchnorm for m in means)
     assert not hat.G.net.training  # samples afterwards do not depend on their batch
@@ -421,6 +421,35 @@ def test_mode_picks_its_own_settings():
 
 
 # --- the script ---
+
+
+def test_main_makes_each_mode_of_its_own_parts(tmp_path, monkeypatch):
+    calls, made = {}, {}
+    monkeypatch.setattr(hb, "train_hat", lambda run, s, m, data, name, G=None: calls.update({name: (m, G)}) or name)
+    monkeypatch.setattr(hb, "train_sngan", lambda *_: ("G of the GAN", "D"))
+    monkeypatch.setattr(hb, "train_autoencoder", lambda *_: "decoder")
+    monkeypatch.setattr(common.Run, "experiments", lambda self, registry, **have: made.update(have))
+    hb.main(["--out", str(tmp_path), "--device", "cpu"])
+    s = hb.SETTINGS["glyphs", "quick"]
+    for name in ("synth", "refine", "retrofit"):
+        assert made[name]() == name
+    assert calls == {
+        "synth": (hb.mode(s, "synth"), None),
+        "refine": (hb.mode(s, "refine", s.refine_tau_z), "G of the GAN"),
+        "retrofit": (hb.mode(s, "retrofit", s.retrofit_tau_z, hb.PRIOR), "decoder")}
+    assert made["hats"]() == {name: name for name in calls}
+
+
+def test_the_autoencoder_learns_as_it_decodes(run, monkeypatch):
+    """Its decoder is in eval mode throughout, and its latents are noisy in training, by .02 of their radius."""
+    seen = []
+    forward = hb.Decoder.forward
+    monkeypatch.setattr(hb.Decoder, "forward", lambda self, z: seen.append((self.training, z)) or forward(self, z))
+    hb.train_autoencoder(run, replace(SMOKE, ae_iters=3), some_images(40))
+    assert [training for training, _ in seen] == [False] * 3
+    for _, z in seen:
+        off = z.flatten(1).square().mean(1).sqrt() - 1  # on the sphere this is 0
+        assert 1e-4 < off.abs().max() < 0.02
 
 
 def test_smoke_run_of_every_experiment(tmp_path, outcome):
