@@ -338,7 +338,10 @@ def test_out_of_distribution_sets_rank_by_minus_h(run):
         if name == "noise":
             raise UserError("not here")
         return Images(test.x // 2 if name == "letters" else 255 - test.x // 4, test.y, name)
-    rows = {row["quantity"]: row["value"] for row in hb.table_6_3(SMOKE, test, hat, load)}
+    rows = hb.table_6_3(SMOKE, test, hat, load)
+    for row in rows:
+        assert row["interval"][0] <= row["value"] <= row["interval"][1]
+    rows = {row["quantity"]: row["value"] for row in rows}
     assert rows["AUROC letters"] == 0 and rows["AUROC symbols"] == 1 and "AUROC noise" not in rows
     rows = hb.table_6_3(SMOKE, Images(test.x, test.y, "fashion_mnist"), hat, load)
     assert [row["quantity"] for row in rows] == ["AUROC symbols", "AUROC letters"]  # never against itself
@@ -360,6 +363,30 @@ def test_table_6_1_holds_the_three_against_each_other(run, monkeypatch):
     assert rows[3]["value"] < min(row["value"] for row in rows[:3])
 
 
+def test_table_6_2_and_figure_6_8_hold_chains_against_their_starts(run, monkeypatch):
+    data, made = some_images(64), []
+    monkeypatch.setattr(hb, "from_hat", lambda hat, steps, n: made.append((hat, steps)) or data.take(slice(n)))
+    synth, retrofit = fixed_hat(MODE._replace(k_test=7)), fixed_hat(JOINT._replace(k_test=9))
+    rows = hb.table_6_2(run, SMOKE, data, metric_of(data), synth)
+    assert [row["quantity"] for row in rows] == ["FD-cls Hat EBM", "FD-cls G alone", "FD-cls held-out data"]
+    assert made == [(synth, 7)] * hb.DRAWS + [(synth, 0)] * hb.DRAWS
+    made.clear()
+    rows = hb.figure_6_8(run, SMOKE, data, metric_of(data), retrofit)
+    assert made == [(retrofit, 0)] * hb.DRAWS + [(retrofit, 9)] * hb.DRAWS
+    assert [row.get("steps") for row in rows] == [0, 9, None]
+
+
+def test_before_and_after_shows_the_same_chains(run):
+    hat = fixed_hat(JOINT._replace(k_test=4))
+    hb.before_and_after(run, "picture", hat)
+    before, after = run.shown["picture"].values()
+    torch.manual_seed(run.seed)
+    state = hb.sample(hat, 60, 0)
+    assert torch.equal(before, state[1]) and not state[2].any()
+    _, g, y = hb.walk(hat, state, 4)
+    assert torch.equal(after, g + y)
+
+
 def test_figure_6_4_trains_what_it_says(run, monkeypatch):
     calls = []
     def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False):
@@ -367,7 +394,11 @@ def test_figure_6_4_trains_what_it_says(run, monkeypatch):
         return fixed_hat(m)
     monkeypatch.setattr(hb, "train_hat", train_hat)
     data = some_images(64)
+    lengths = []
+    real = hb.from_hat
+    monkeypatch.setattr(hb, "from_hat", lambda hat, steps, n: lengths.append((steps, n)) or real(hat, steps, n))
     rows = hb.figure_6_4(run, replace(SMOKE, compared=2), data, data, metric_of(data))
+    assert lengths == [(SMOKE.synth_k, SMOKE.images)] * 4
     assert [(updates, pairs, batchnorm, G) for _, updates, pairs, batchnorm, G in calls] == [
         (2, "inferred", False, None), (2, "inferred", True, None), (2, "current", False, None), (2, "historical", False, None)]
     assert len({name for name, *_ in calls}) == 4 and len(rows) == 8 and len(run.shown["figure6.4"]) == 4
@@ -440,7 +471,7 @@ def test_main_makes_each_mode_of_its_own_parts(tmp_path, monkeypatch):
     assert made["hats"]() == {name: name for name in calls}
 
 
-def test_the_autoencoder_learns_as_it_decodes(run, monkeypatch):
+def test_the_autoencoder_learns_as_it_decodes(run, monkeypatch, exact):
     """Its decoder is in eval mode throughout, and its latents are noisy in training, by .02 of their radius."""
     seen = []
     forward = hb.Decoder.forward

@@ -479,6 +479,36 @@ def test_histogram_and_gallery(run, monkeypatch, world):
 # --- the script ---
 
 
+def test_main_gives_every_row_its_own_network_and_score(tmp_path, monkeypatch):
+    made, trained, sets = {}, [], []
+    monkeypatch.setattr(od, "train", lambda run, s, name, data, p0: trained.append((name, data, p0)) or name)
+    monkeypatch.setattr(od, "other_sets", lambda args, s, data, test, p0: sets.append((data, test, p0)))
+    monkeypatch.setattr(common.Run, "experiments", lambda self, registry, **have: made.update(have))
+    od.main(["--out", str(tmp_path), "--device", "cpu"])
+    detectors = made["detectors"]()
+    assert {name: (d.net, d.score) for name, d in detectors.items()} == od.DETECTORS
+    assert sorted(name for name, *_ in trained) == sorted(od.METHODS)  # each once
+    made["sets"]()
+    letters = common.load_images("letters", "train", "")
+    for _, data, p0 in trained:
+        assert data.name == "glyphs" and len(data) == 10_000
+        assert p0.name == "letters:36" and torch.equal(p0.x, letters.x[letters.y < 36])
+    (data, test, p0), = sets
+    assert test is made["test"] and len(test) == 2000 and p0.name == "letters:36" and len(data) == 10_000
+
+
+def test_colour_images_are_augmented_on_both_sides(run, monkeypatch):
+    data, p0 = some_images(40, shape=(3, 32, 32)), some_images(40, seed=2, shape=(3, 32, 32))
+    seen = []
+    monkeypatch.setattr(od, "augmented", lambda x: seen.append(x) or x)
+    s = replace(SMOKE, net="small_cnn", width=0.5, augment="auto", updates=1)
+    od.train(run, s, "binary", data, p0)
+    assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    seen.clear()
+    od.train(run, replace(s, augment="none"), "softmax", data, p0)
+    assert not seen
+
+
 def test_smoke_run_of_every_experiment(tmp_path, outcome):
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu")
     assert outcome(od, *flags, "--only", *od.EXPERIMENTS) == (0, "")
