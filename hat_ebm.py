@@ -3,41 +3,41 @@ r"""The Hat EBM: an energy that sits on a generator like a hat, and on an image 
 Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image Models", chapter 6.
 
 A generator G turns a latent z, a vector of random numbers, into an image. An energy is a network that gives
-an image one number, low for images like the training data; exp(-energy) is, up to a factor, their density. A
+an image one number, low for images like the training data; exp(-energy) is, up to a factor, a density. A
 chain walks down an energy in small steps, each with some noise (Langevin dynamics), and ends at samples of
-that density. Here an image is the sum X = G(z) + y, and a network H, the hat, gives X its energy. Chains start
-at z ~ N(0, I) and a residual image y = 0, and walk in z, in y or in both. y reaches what G cannot generate.
-H is taught as any energy is: H(data) down, H(ends of chains) up. It is applied to a training image itself, so
-nobody has to find the z that would generate it. Three modes share sampler and training loop; they differ in
-where G comes from, and in what walks:
+that density. Here an image is the sum X = G(z) + y, and a network H, the hat, gives X its energy. Chains
+start at z ~ N(0, I) and a residual image y = 0, and walk in z, in y or in both. y reaches what G cannot
+generate. H is taught as any energy is: H(data) down, H(ends of chains) up. It is applied to a training image
+itself, so nobody has to find the z that would generate it. Three modes share sampler and training loop; they
+differ in where G comes from, and in what walks:
 
-    synth     G is learned with H: it imitates ends of chains, so that chains start ever nearer to data. z stays
-              as drawn and y alone walks (Eq. 6.9: the model of y for a given z)
-    refine    G is the frozen generator of a GAN (generative adversarial network), trained here; z and y walk
-    retrofit  G is the frozen decoder of an autoencoder; z and y walk. Its encoder puts every z on a sphere as
-              large as N(0, I) is long, but where on it images lie nobody knows: chains have to find out
+    synth     G is learned with H: it imitates ends of chains, so that chains start ever nearer to data. z
+              stays as drawn and y alone walks (Eq. 6.9: the model of y for a given z)
+    refine    G is the frozen generator of a GAN (generative adversarial network), trained here; both walk
+    retrofit  G is the frozen decoder of an autoencoder; both walk. Its encoder puts every z on a sphere as
+              large as N(0, I) is long, but nobody knows where on it images lie: chains have to find out
 
-    U(y, z) = H(G(z) + y) / T: energy, LOW = in-distribution; T, the temperature, weighs noise against slope (6.4)
+    U(y, z) = H(G(z) + y) / T: energy, LOW = in-distribution; T, the temperature, weighs slope and noise (6.4)
     Pixels are in [0, 1]; networks scale inside. The source's are in [-1, 1]: its tau of y, noise on the data
     and clip stand here halved, its prior on y (retrofit) four times. z is the same there and here.
     (6.7)   z <- z - tau_z^2/(2T) grad_z H(G(z) + y) + tau_z N(0, I), then
-    (6.6)   y <- y - tau_y^2/(2T) grad_y H(G(z) + y) + tau_y N(0, I). The slope moves y by an l_2 length of at
-            most CLIP, however steep H is. Nothing pulls z back to N(0, I); the log shows how far it strays
+    (6.6)   y <- y - tau_y^2/(2T) grad_y H(G(z) + y) + tau_y N(0, I). Its slope moves y by a length of at most
+            CLIP, however steep H is. Nothing pulls z back to N(0, I); the log shows how far it strays
     (6.8)   H's weights follow the gradient of E_data[H] - E_chains[H], chains held fixed
-    Alg. 5  synth: a bank keeps pairs (X, z) of the past, 78 updates old on average; at first they are G's own.
-            After H's update G takes a step down the mean of ||G(z) - X||^2 (6.12) on pairs drawn from the bank;
+    Alg. 5  synth: a bank keeps pairs (X, z) of the past, 78 updates old on average; at first they are G's.
+            After H's update G takes a step down the mean of ||G(z) - X||^2 (6.12) on pairs of the bank;
             the newest pairs then take their places. Why not on the newest? Figure 6.4 tries it.
     (6.10)  Cooperative learning, the peer: before G learns from (X, z), z takes some steps of
             z <- z - s^2/2 (z + grad_z ||G(z) - X||^2 / (2 eta^2)) + s N(0, I): which z made X?
-    DDLS    Another peer (discriminator-driven latent sampling): steps in z alone down |z|^2/2 - D(G(z)), D the
+    DDLS    Another peer (discriminator-driven latent sampling): steps in z down |z|^2/2 - D(G(z)), D the
             logit of the GAN's discriminator. Constants of both peers are ours, and not tuned.
 
 Commands (two cores; all numbers: results/hat_ebm.md):
     python hat_ebm.py                       synthesis and refinement of rendered digits
     python hat_ebm.py --mode retrofit       one mode alone: synth, refine or retrofit
     python hat_ebm.py --dataset cifar10     a GPU; --budget paper: published files; thesis: the thesis's table
-The log. d: mean H of data minus that of ends of chains; far below 0 the chains have lost, H tells them at sight.
-grad: length of grad H at these ends. y: of the residual. z: its standard deviation. loss_g: Eq. 6.12 a pixel.
+The log. d: mean H of data minus that of ends of chains; far below 0 chains have lost, H tells them at sight.
+grad: length of grad H at these ends. y: of the residual. z: its standard deviation. loss_g: (6.12), a pixel.
 
 Differs: digits have the T and the data noise of lifecycle_midrun.py; the source's T of 1e-8 is for colour
 images. Evaluations clip like training and start at y = 0. The GAN is taught by cross-entropy, so that D is a
@@ -67,23 +67,23 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "sngan", "sngan", "sngan",
          "network of H, and of the GAN's D"),
     width=(0.25, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, "times its published channels"),
-    width_g=(0.125, 0.25, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, "the same, for generators and autoencoder"),
+    width_g=(0.09375, 0.25, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, "the same, for generators and autoencoder"),
     batch=(32, 64, 64, 64, 128, 128, 128, 128, "data images, and as many chains, in an update"),
-    gan_iters=(300, 1600, 8000, 8000, 100_000, 100_000, 100_000, 100_000, "updates of the GAN's G"),
+    gan_iters=(200, 1600, 8000, 8000, 100_000, 100_000, 100_000, 100_000, "updates of the GAN's G"),
     ae_iters=(800, 1600, 5000, 5000, 49_900, 49_900, 49_900, 49_900, "updates of the autoencoder"),
     cls_iters=(300, 600, 2000, 2000, 8000, 8000, 8000, 8000, "updates of FD-cls's classifier"),
     images=(300, 2000, 5000, 5000, 49_920, 49_920, 49_920, 49_920, "samples in an evaluation"),
     compared=(100, 500, 500, 500, 500, 500, 500, 500, "updates of each learner in figure 6.4"),
     # synthesis: Alg. 5
-    synth_updates=(800, 3000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
+    synth_updates=(600, 3000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
     synth_lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, of H"),
     synth_lr_g=(1e-3, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 5e-5, "rate of Adam, of G"),
     synth_k=(20, 30, 50, 50, 50, 50, 50, 50, "Langevin steps of an update"),
-    synth_k_test=(30, 60, 125, 100, 125, 125, 100, 150, "Langevin steps to a sample"),
+    synth_k_test=(20, 60, 125, 100, 125, 125, 100, 150, "Langevin steps to a sample"),
     synth_tau_y=(0.015, 0.015, 2.5e-4, 2.5e-4, 2.5e-4, 5e-5, 2.5e-4, 2.5e-4, "noise of a step of y"),
     synth_t=(1e-4, 1e-4, 1e-8, 1e-8, 1e-8, 1e-3, 1e-8, 1e-8, "T"),
     synth_noise=(0.03, 0.03, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, 5e-4, "noise on the data"),
-    refine_updates=(160, 1000, 3000, 3000, 25_000, 150_000, 25_000, 25_000, "updates of H"),
+    refine_updates=(120, 1000, 3000, 3000, 25_000, 150_000, 25_000, 25_000, "updates of H"),
     refine_lr=(1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-4, 1e-5, 1e-5, "rate of Adam"),
     refine_k=(15, 30, 50, 50, 250, 100, 100, 100, "Langevin steps of an update"),
     refine_k_test=(20, 60, 100, 100, 350, 350, 125, 125, "Langevin steps to a sample"),
@@ -92,7 +92,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     refine_t=(1e-4, 1e-4, 1e-6, 1e-6, 1e-3, 1e-4, 1e-6, 1e-6, "T"),
     refine_noise=(0.03, 0.03, 5e-4, 5e-4, 5e-4, 1e-2, 5e-4, 5e-4, "noise on the data"),
     retrofit_updates=(300, 1000, 3000, 3000, 25_000, 100_000, 25_000, 25_000, "updates of H"),
-    retrofit_lr=(1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "rate of Adam"),
+    retrofit_lr=(1e-4, "rate of Adam"),
     retrofit_k=(20, 30, 50, 50, 100, 100, 100, 100, "Langevin steps of an update"),
     retrofit_k_test=(30, 60, 100, 100, 125, 125, 125, 125, "Langevin steps to a sample"),
     retrofit_tau_y=(0.005, 0.005, 2.5e-4, 2.5e-4, 2.5e-4, 2.5e-3, 2.5e-4, 2.5e-4, "noise of a step of y"),
@@ -164,10 +164,8 @@ class Encoder(nn.Module):
         self.body = nn.Sequential(
             common.DBlock(channels, c, first=True),
             common.DBlock(c, c, down=True),
-            common.DBlock(c, c),
-            common.DBlock(c, c),
-            nn.ReLU(),
-            nn.Conv2d(c, 1, 3, 1, 1),
+            common.DBlock(c, c), common.DBlock(c, c),
+            nn.ReLU(), nn.Conv2d(c, 1, 3, 1, 1),
         )
         common.init_xavier(self)
 
@@ -255,8 +253,8 @@ def exchange(bank_z, bank_x, rows, z, x):
 def infer_step(z, G, x):
     """Eq. 6.10 with s = .1, eta = .15: a step of z towards what would generate x."""
     slope = input_gradient(lambda z: lengths(G(z) - x).square(), z)
-    down = z + slope / (2 * 0.15**2)
-    return z - 0.1**2 / 2 * down + 0.1 * torch.randn_like(z)
+    down = z + slope / 0.045  # 2 eta^2
+    return z - 0.005 * down + 0.1 * torch.randn_like(z)
 
 @seeded
 def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False):
@@ -304,7 +302,7 @@ def train_hat(run, s, m, data, name, G=None, pairs="historical", batchnorm=False
                 rows = torch.randperm(len(bank_z))[: s.batch]
                 z, chains = exchange(bank_z, bank_x, rows, z, chains)
             elif pairs == "inferred":
-                z = repeat(infer_step, z, 5, G, chains)
+                z = repeat(infer_step, z, 3, G, chains)
             with fast_precision(run.device):
                 loss_g = (G(z).float() - chains).square().mean()
             descend(adam_g, loss_g)
@@ -356,7 +354,7 @@ def train_sngan(run, s, data):
 def ddls_step(z, G, D):
     """DDLS: a Langevin step of the energy |z|^2/2 - D(G(z)) of z [B, 128]."""
     slope = z - input_gradient(lambda z: D(G(z)), z)
-    return z - 0.1**2 / 2 * slope + 0.1 * torch.randn_like(z)
+    return z - 0.005 * slope + 0.1 * torch.randn_like(z)
 
 @seeded
 def train_autoencoder(run, s, data):
@@ -365,8 +363,7 @@ def train_autoencoder(run, s, data):
     decoder = Decoder(data.shape, s.width_g).to(run.device).eval()  # BatchNorm: mean 0, variance 1
     adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 1e-4)
     made_from = {"decoder": decoder, "updates": s.ae_iters, "batch": s.batch, "images": data}
-    parts = {"encoder": encoder, "decoder": decoder, "adam": adam}
-    training = Training(run, "autoencoder", made_from, **parts)
+    training = Training(run, "autoencoder", made_from, encoder=encoder, decoder=decoder, adam=adam)
     stream = common.batches(data, s.batch, run.seed, training.it, device=run.device)
     for _ in training.updates(s.ae_iters):
         x, _ = next(stream)
@@ -439,11 +436,10 @@ def from_hat(hat, steps, n):
     _, g, y = sample(hat, n, steps)
     return g + y
 
+@torch.no_grad()
 def from_ddls(G, D, steps, n):
     """n samples of the SNGAN by chains of DDLS of these steps [n, C, S, S]."""
-    z = repeat(ddls_step, noise_for(G, n), steps, G, D)
-    with torch.no_grad():
-        return G(z)
+    return G(repeat(ddls_step, noise_for(G, n), steps, G, D))
 
 def distance_row(run, s, metric, title, make, **beside):
     """A row: Frechet distance of s.images images that make(n) draws: mean, lowest, highest of DRAWS."""
@@ -469,12 +465,12 @@ def before_and_after(run, name, hat):
     run.pictures(name, {"G(Z), Z from N(0, I)": state[1], "ends of chains": g + y}, 20)
 
 def table_6_1(run, s, test, metric, sngan, refine):
-    """Refinement of a frozen generator: what it draws, DDLS in four times the hat's steps, the Hat EBM."""
+    """Refinement of a frozen generator: what it draws, DDLS in twice the hat's steps, the Hat EBM."""
     _, D = sngan
     G, k = refine.G, refine.mode.k_test
     make = partial(distance_row, run, s, metric)
     rows = [make("generator", partial(from_hat, refine, 0))]
-    rows.append(make("DDLS", partial(from_ddls, G, D, 4 * k), steps=4 * k))
+    rows.append(make("DDLS", partial(from_ddls, G, D, 2 * k), steps=2 * k))
     rows.append(make("Hat EBM", partial(from_hat, refine, k), steps=k))
     before_and_after(run, "table6.1", refine)
     return [*rows, floor_row(s, metric, test)]
@@ -489,7 +485,7 @@ def table_6_2(run, s, test, metric, synth):
 def table_6_3(s, test, synth, load):
     """Out-of-distribution detection: AUROC of -H, test images of the data set against those of others."""
     x, _ = test.some(10_000)
-    inside = by_parts(synth.H, x, 250)[:, 0].cpu()
+    inside = -by_parts(synth.H, x, 250)[:, 0].cpu()
     rows = []
     for name in OTHERS[test.shape[0]]:
         if name == test.name:
@@ -499,9 +495,9 @@ def table_6_3(s, test, synth, load):
         except UserError as error:
             print(f"left out: {error}")
             continue
-        outside = by_parts(synth.H, others.some(10_000)[0], 250)[:, 0].cpu()
-        interval = bootstrap(-inside, -outside)
-        area = auroc(-inside, -outside)
+        outside = -by_parts(synth.H, others.some(10_000)[0], 250)[:, 0].cpu()
+        interval = bootstrap(inside, outside)
+        area = auroc(inside, outside)
         rows.append(value(f"AUROC {name}", area, interval=interval, n=len(outside)))
     return rows
 
@@ -580,13 +576,16 @@ def figure_6_9(run, synth, test):
     """Figures 6.9 to 6.11: samples of synthesis, uncurated, and data."""
     sets = {"samples": from_hat(synth, synth.mode.k_test, 100), "data": test.some(100)[0]}
     run.pictures("figure6.9", sets, 20)
-    return [value(f"mean H of {title}", synth.H(x).mean().item()) for title, x in sets.items()]
+    rows = []
+    for title, x in sets.items():
+        rows.append(value(f"mean H of {title}", synth.H(x).mean().item()))
+    return rows
 
 def paths(run, s, metric, synth, refine):
     """Frechet distance against Langevin steps, up to eight times as many as in training."""
     rows = []
     for name, hat in {"synth": synth, "refine": refine}.items():
-        for steps in [0, *common.multiples(hat.mode.k, (1 / 4, 1 / 2, 1, 2, 4, 8))]:
+        for steps in [0, *common.multiples(hat.mode.k, (0.25, 0.5, 1, 2, 4, 8))]:
             make = partial(from_hat, hat, steps)
             rows.append(distance_row(run, s, metric, name, make, steps=steps))
     run.lines("paths", rows, "steps", xscale="symlog", ylabel=metric.name)
@@ -607,12 +606,12 @@ MODES = {  # what --mode runs in place of the headline experiments
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
-    for name in MODES:
-        common.at_least(1, s, f"{name}_updates {name}_k {name}_k_test")
-        common.above_0(s, f"{name}_lr {name}_tau_y {name}_t")
-    common.at_least(1, s, "compared gan_iters ae_iters cls_iters batch")
+    common.at_least(1, s, "synth_updates synth_k synth_k_test refine_updates refine_k refine_k_test")
+    common.at_least(1, s, "retrofit_updates retrofit_k retrofit_k_test compared batch")
+    common.at_least(1, s, "gan_iters ae_iters cls_iters")
     common.at_least(2, s, "images")
-    common.above_0(s, "width width_g refine_tau_z retrofit_tau_z synth_lr_g")
+    common.above_0(s, "width width_g synth_lr synth_lr_g synth_tau_y synth_t refine_lr refine_tau_y")
+    common.above_0(s, "refine_tau_z refine_t retrofit_lr retrofit_tau_y retrofit_tau_z retrofit_t")
     if s.mode not in ("all", *MODES):
         raise UserError(f"--mode {s.mode}: known are {['all', *MODES]}")
     if s.side not in GENERATOR:

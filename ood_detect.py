@@ -110,7 +110,7 @@ class Detector(NamedTuple):
 
 # --- attacks ------------------------------------------------------------------------------------------------
 
-class Attack(NamedTuple):
+class Ball(NamedTuple):
     """A search in the ball of radius eps; lengths in [0, 1] units."""
     norm: str  # inf or 2
     eps: float
@@ -133,7 +133,7 @@ def direction(gradient, norm):
     """Signs (inf), or the gradient at length 1 (2). A gradient of 0 moves nothing."""
     return gradient.sign() if norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
 
-def pgd_step(state, loss, x0, a, *about):
+def momentum_step(state, loss, x0, a, *about):
     """A step down loss(x, *about), then back into the ball. state: images x, and the last move m."""
     x, m = state
     with fast_precision(x.device):
@@ -141,11 +141,11 @@ def pgd_step(state, loss, x0, a, *about):
     m = a.momentum * m + direction(gradient, a.norm)
     return project(x - a.step * m, x0, a), m
 
-def pgd(loss, x0, a, *about):
+def momentum_pgd(loss, x0, a, *about):
     """PGD from images x0 [B, C, S, S] in [0, 1] -> the images where it ends. about: what loss needs too."""
     if not 0 <= x0.min() <= x0.max() <= 1:
         raise ValueError("an attack wants images in [0, 1]")
-    return repeat(pgd_step, (x0, 0 * x0), a.steps, loss, x0, a, *about)[0]
+    return repeat(momentum_step, (x0, 0 * x0), a.steps, loss, x0, a, *about)[0]
 
 @torch.no_grad()
 def apgd(loss, x0, a, start, *about):
@@ -193,7 +193,7 @@ def worst_case(detector, x0, a, restarts, sign=1):
     Tried, image by image: the image itself, PGD with constant steps, Auto-PGD from random starts.
     """
     about = (detector.net, detector.score, sign)
-    tried = [x0, pgd(score_loss, x0, a._replace(step=2 * a.eps / a.steps, momentum=0.75), *about)]
+    tried = [x0, momentum_pgd(score_loss, x0, a._replace(step=2 * a.eps / a.steps, momentum=0.75), *about)]
     for _ in range(restarts):
         tried.append(apgd(score_loss, x0, a, on_sphere(x0, a), *about))
     return best_of(detector, tried, sign)
@@ -304,8 +304,8 @@ def train(run, s, name, data, p0):
     outputs = 1 if method.binary else int(data.y.max()) + 1
     net = common.to_device(common.make_net(s.net, outputs, data.shape, s.width), run.device).eval()
     optimizer = torch.optim.SGD(net.parameters(), s.lr, momentum=0.9, nesterov=True)
-    attack_in = Attack("2", s.eps_in, s.steps_in, s.step)
-    attack_out = Attack("2", s.eps_out, s.steps_out, s.step)
+    attack_in = Ball("2", s.eps_in, s.steps_in, s.step)
+    attack_out = Ball("2", s.eps_out, s.steps_out, s.step)
     made_from = {"net": net, "images": data, "p0": p0, **common.pick(s, "updates batch lr augment")}
     if method.inside:
         made_from["attacks"] = attack_in, attack_out
@@ -320,8 +320,8 @@ def train(run, s, name, data, p0):
         if s.augment == "auto":
             x, x_out = augmented(x), augmented(x_out)
         if method.inside:
-            x = pgd(method.inside, x, attack_in, net, y)
-            x_out = pgd(method.outside, x_out, attack_out, net, y)
+            x = momentum_pgd(method.inside, x, attack_in, net, y)
+            x_out = momentum_pgd(method.outside, x_out, attack_out, net, y)
         with fast_precision(run.device):
             z, z_out = net(torch.cat([x, x_out])).float().chunk(2)
         loss = method.loss(z, y, z_out)
@@ -436,7 +436,7 @@ def table_3_12(run, s, test, sets, detectors):
 
     removed: images that were known. data_attacked: AUROC where the data are attacked and the others clean.
     """
-    a = Attack("2", s.eps, s.iterations)
+    a = Ball("2", s.eps, s.iterations)
     x_in = test.some(s.images)[0]
     lowered = {}
     for name, detector in detectors.items():
@@ -466,7 +466,7 @@ def eps_sweep(run, s, test, sets, detectors):
     for name, detector in detectors.items():
         inside = detector(x_in)
         for factor in (0, 0.125, 0.25, 0.5, 1, 1.5, 2):
-            a = Attack("2", factor * s.eps, s.iterations)
+            a = Ball("2", factor * s.eps, s.iterations)
             scores = attacked(run, detector, x, a, 1)[1] if factor else detector(x)
             rows.append(area_row(name, inside, scores, eps=a.eps, set=title))
     run.lines("eps-sweep", rows, "eps", ylabel=f"worst-case AUROC, {title}")
@@ -479,11 +479,11 @@ def steps(run, s, test, sets, detectors):
     inside = detector(test.some(s.images)[0])
     rows = []
     for factor in (0.1, 0.2, 0.5, 1, 2, 4):
-        a = Attack("2", s.eps, max(round(factor * s.iterations), 2))
+        a = Ball("2", s.eps, max(round(factor * s.iterations), 2))
         _, scores = attacked(run, detector, x, a, 1)
         rows.append(area_row("one restart", inside, scores, iterations=a.steps, set=title))
     for restarts in (0, 1, 2, 5, 10):
-        a = Attack("2", s.eps, s.iterations)
+        a = Ball("2", s.eps, s.iterations)
         _, scores = attacked(run, detector, x, a, restarts)
         rows.append(area_row("more restarts", inside, scores, restarts=restarts, set=title))
     run.lines("steps", rows[:6], "iterations", xscale="log", ylabel=f"worst-case AUROC, {title}")
@@ -493,7 +493,7 @@ def histogram(run, s, test, sets, detectors):
     """Scores of the data, of the first out-distribution set, and of its images attacked (one restart)."""
     title, x = first_set(sets)
     x_in = test.some(s.images)[0]
-    a = Attack("2", s.eps, s.iterations)
+    a = Ball("2", s.eps, s.iterations)
     panels, rows = {}, []
     for name in ("softmax, free energy", "binary", OURS):
         detector = detectors[name]
@@ -510,11 +510,11 @@ def gallery(run, s, sets, detectors):
     pictures, rows = {}, []
     for name in ("softmax, largest probability", OURS):
         detector = detectors[name]
-        _, scores = attacked(run, detector, x, Attack("2", s.eps, s.iterations), 1)
+        _, scores = attacked(run, detector, x, Ball("2", s.eps, s.iterations), 1)
         first = scores.argsort(descending=True)[:20]
         pictures[f"{name}: {title}"] = x[first]
         for factor in (1, 3, 6):
-            a = Attack("2", factor * s.eps, s.iterations)
+            a = Ball("2", factor * s.eps, s.iterations)
             found, scores = attacked(run, detector, x[first], a, 1)
             pictures[f"{name}: attacked, eps {a.eps:g}"] = found
             mean = scores.mean().item()

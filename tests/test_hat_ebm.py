@@ -227,7 +227,7 @@ def test_batchnorm_is_there_only_where_it_is_asked_for(run, monkeypatch, batchno
     sample = hb.sample
     monkeypatch.setattr(hb, "sample", lambda hat, *a: modes.append(hat.G.net.training) or sample(hat, *a))
     hat = hb.train_hat(run, SMOKE, MODE, some_images(), "coop", pairs="inferred", batchnorm=batchnorm)
-    assert set(modes) == {batchnorm} and len(modes) == 3 * 5 + 3
+    assert set(modes) == {batchnorm} and len(modes) == 3 * 3 + 3
     means = [t for key, t in hat.G.net.state_dict().items() if key.endswith("running_mean")]
     assert means and all((m == 0).all().item() != batchnorm for m in means)
     assert not hat.G.net.training  # samples afterwards do not depend on their batch
@@ -356,7 +356,7 @@ def test_table_6_1_holds_the_three_against_each_other(run, monkeypatch):
     refine = fixed_hat(JOINT._replace(k_test=4))
     rows = hb.table_6_1(run, SMOKE, data, metric_of(data), (G, D), refine)
     assert [row["quantity"] for row in rows] == ["FD-cls generator", "FD-cls DDLS", "FD-cls Hat EBM", "FD-cls held-out data"]
-    assert [a for name, a in called if name == "from_ddls"] == [(refine.G, D, 16)] * hb.DRAWS
+    assert [a for name, a in called if name == "from_ddls"] == [(refine.G, D, 8)] * hb.DRAWS
     assert [a for name, a in called if name == "from_hat"] == [(refine, 0)] * hb.DRAWS + [(refine, 4)] * hb.DRAWS
     for row in rows[:3]:
         assert row["low"] < row["value"] < row["high"]  # other noise in each draw

@@ -97,23 +97,23 @@ def test_pgd_by_hand(exact):
         return (x * torch.tensor([3.0, -4.0])).sum((1, 2, 3))
 
     def go(*a):
-        return od.pgd(slope, x0, od.Attack("2", *a)).flatten().tolist()
+        return od.momentum_pgd(slope, x0, od.Ball("2", *a)).flatten().tolist()
     assert go(9.0, 1, 0.1) == pytest.approx([0.5 - 0.06, 0.5 + 0.08])
     assert go(9.0, 2, 0.1) == pytest.approx([0.5 - 0.12, 0.5 + 0.16])
     assert go(9.0, 2, 0.1, 0.5) == pytest.approx([0.5 - 0.15, 0.5 + 0.20])  # the second step is 1.5 as long
     assert go(0.05, 3, 0.1) == pytest.approx([0.5 - 0.03, 0.5 + 0.04])
     assert go(9.0, 9, 0.1) == [0, 1]
-    still = od.pgd(lambda x: 0 * x.sum((1, 2, 3)), x0, od.Attack("2", 1.0, 2, 0.1))
+    still = od.momentum_pgd(lambda x: 0 * x.sum((1, 2, 3)), x0, od.Ball("2", 1.0, 2, 0.1))
     assert torch.equal(still, x0)
     with pytest.raises(ValueError):
-        od.pgd(slope, x0 + 1, od.Attack("2", 1.0, 1, 0.1))
+        od.momentum_pgd(slope, x0 + 1, od.Ball("2", 1.0, 1, 0.1))
 
 
 def test_apgd_reaches_the_optimum_on_the_surface(exact):
     """|x - target|^2 with the target outside the ball: the optimum is where the way to it leaves the ball."""
     x0 = torch.full((2, 1, 4, 4), 0.5)
     target = x0 + 0.1 * torch.randn(2, 1, 4, 4)
-    a = od.Attack("2", 0.1, 50)
+    a = od.Ball("2", 0.1, 50)
     seen = []
 
     def loss(x):
@@ -128,7 +128,7 @@ def test_apgd_reaches_the_optimum_on_the_surface(exact):
 
 def test_starts_are_on_the_surface_of_the_ball():
     x0 = torch.full((50, 1, 8, 8), 0.5)
-    x = od.on_sphere(x0, od.Attack("2", 1.0, 1))
+    x = od.on_sphere(x0, od.Ball("2", 1.0, 1))
     assert torch.allclose(od.length(x - x0), torch.ones(50, 1, 1, 1))
     assert abs((x - x0).sum((1, 2, 3)).mean()) < 4 and len({row.sum().item() for row in x}) > 40
 
@@ -145,7 +145,7 @@ def test_apgd_finds_what_torchattacks_finds(exact):
     sign = 1.0 if net(x0).mean() < 0 else -1.0  # theirs attacks only what is still right: those below 0, or above
     label = torch.full((8,), 1 if sign > 0 else 0)
     reached = net(theirs(x0, label))[:, 0]
-    a = od.Attack("2", 2.0, 50)
+    a = od.Ball("2", 2.0, 50)
     ours = net(od.apgd(od.score_loss, x0, a, od.on_sphere(x0, a), net, od.logit, sign))[:, 0]
     start = net(x0)[:, 0]
     if (sign * reached > 0).any():  # it stops where the label is lost: hold both to the same images
@@ -167,9 +167,9 @@ def test_worst_case_takes_the_best_of_all_that_was_tried(monkeypatch, exact, sig
         x = torch.full_like(x0, level)
         x[0] = 0.5 - sign * 0.3  # the first image is only made worse
         return x
-    monkeypatch.setattr(od, "pgd", attack)
+    monkeypatch.setattr(od, "momentum_pgd", attack)
     monkeypatch.setattr(od, "apgd", attack)
-    x, score = od.worst_case(detector, x0, od.Attack("2", 1.0, 5), 2, sign)
+    x, score = od.worst_case(detector, x0, od.Ball("2", 1.0, 5), 2, sign)
     best = 0.9 if sign == 1 else 0.1
     assert x.flatten(1).mean(1).tolist() == pytest.approx([0.5, best, best])
     assert score.tolist() == pytest.approx([2.0, 4 * best, 4 * best]) and next(tried, None) is None
@@ -178,7 +178,7 @@ def test_worst_case_takes_the_best_of_all_that_was_tried(monkeypatch, exact, sig
 def test_attacked_images_stay_in_the_ball_and_score_higher(run, exact):
     detector, x = detector_of(small_net()), torch.rand(7, *SHAPE)
     run.chunk = 3
-    a = od.Attack("2", 1.0, 10)
+    a = od.Ball("2", 1.0, 10)
     for sign in (1, -1):
         found, score = od.attacked(run, detector, x, a, 1, sign)
         assert 0 <= found.min() and found.max() <= 1 and od.length(found - x).max() < 1.0001
@@ -194,6 +194,7 @@ def test_losses_by_hand():
     uniform = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))) / 2
     assert od.class_loss(z, y, z_out).item() == pytest.approx(ce)
     assert od.exposure_loss(z, y, z_out).item() == pytest.approx(ce + uniform / 2)
+    assert [m.loss for m in od.METHODS.values()] == [od.class_loss, od.exposure_loss, od.binary_loss, od.ratio_loss, od.binary_loss]
     assert od.ratio_loss(z, y, z_out).item() == pytest.approx(ce + uniform)
     f, f_out = torch.tensor([[2.0]]), torch.tensor([[-1.0]])
     assert od.binary_loss(f, y, f_out).item() == pytest.approx((ce + math.log(1 + math.exp(-1))) / 2)
@@ -228,13 +229,13 @@ def test_an_update_of_each_method(run, monkeypatch, exact, name):
     data, p0 = some_images(40), some_images(40, seed=2)
     inside, outside, outputs = EXPECTED[name]
     calls, seen = [], []
-    real = od.pgd
+    real = od.momentum_pgd
 
-    def pgd(loss, x0, a, net, y):
+    def momentum_pgd(loss, x0, a, net, y):
         assert not net.training
         calls.append((loss, a, x0, y, real(loss, x0, a, net, y)))
         return calls[-1][-1]
-    monkeypatch.setattr(od, "pgd", pgd)
+    monkeypatch.setattr(od, "momentum_pgd", momentum_pgd)
     method = od.METHODS[name]
 
     def loss(z, y, z_out):
@@ -258,9 +259,9 @@ def test_an_update_of_each_method(run, monkeypatch, exact, name):
     assert torch.equal(y, data.y[index])
     wanted = []
     if inside:
-        wanted.append((inside, od.Attack("2", 0.5, 3, 0.25), x))
+        wanted.append((inside, od.Ball("2", 0.5, 3, 0.25), x))
     if outside:
-        wanted.append((outside, od.Attack("2", 1.5, 4, 0.25), x_out))
+        wanted.append((outside, od.Ball("2", 1.5, 4, 0.25), x_out))
     assert len(calls) == len(wanted)
     for (loss_is, a, x0, labels, _), (loss_wanted, a_wanted, x0_wanted) in zip(calls, wanted):
         assert loss_is is loss_wanted and a == a_wanted and torch.equal(x0, x0_wanted) and torch.equal(labels, y)
@@ -293,18 +294,18 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch):
     data, p0 = some_images(40), some_images(40, seed=2)
     s = replace(SMOKE, updates=4)
     whole = od.train(FakeRun(tmp_path / "whole"), s, "adversarial", data, p0)
-    run, real, count = FakeRun(tmp_path / "cut"), od.pgd, []
+    run, real, count = FakeRun(tmp_path / "cut"), od.momentum_pgd, []
     monkeypatch.setattr(common.Training, "SAVE_SECONDS", 0)
 
-    def pgd(*a):
+    def momentum_pgd(*a):
         count.append(1)
         if len(count) > 5:
             raise Killed
         return real(*a)
-    monkeypatch.setattr(od, "pgd", pgd)
+    monkeypatch.setattr(od, "momentum_pgd", momentum_pgd)
     with pytest.raises(Killed):
         od.train(run, s, "adversarial", data, p0)
-    monkeypatch.setattr(od, "pgd", real)
+    monkeypatch.setattr(od, "momentum_pgd", real)
     resumed = od.train(run, s, "adversarial", data, p0)
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
@@ -413,7 +414,7 @@ def test_table_3_12(run, monkeypatch, world):
     monkeypatch.setattr(od, "attacked", lambda run, detector, x, *a: found.append((detector, x, fake(run, detector, x, *a))) or found[-1][-1])
     s = settings(eps=0.25, iterations=7, restarts=3)
     rows = {row["quantity"]: row for row in od.table_3_12(run, s, test, sets, detectors)}
-    a = od.Attack("2", 0.25, 7)
+    a = od.Ball("2", 0.25, 7)
     assert len(rows) == 8 and {call[1:4] for call in calls} == {(a, 3, 1), (a, 3, -1)} and len(calls) == 6
     x_in = test.some(s.images)[0]
     for name, detector in detectors.items():
@@ -468,11 +469,16 @@ def test_histogram_and_gallery(run, monkeypatch, world):
         assert torch.equal(inside, panels[name](test.some(SMOKE.images)[0]))
         assert torch.equal(clean, panels[name](sets["symbols"][0])) and (worst > clean).all()
     calls.clear()
+    fake, made = od.attacked, []
+    monkeypatch.setattr(od, "attacked", lambda run, d, x, *a: made.append((d, x, fake(run, d, x, *a))) or made[-1][-1])
     rows = od.gallery(run, settings(eps=2.0), sets, detectors)
     assert [call[1].eps for call in calls] == [2, 2, 6, 12] * 2 and [row["eps"] for row in rows] == [2, 6, 12] * 2
     for name in (FIRST, LAST):  # those that the attacked detector likes best
         order = detectors[name](sets["symbols"][0]).argsort(descending=True)
-        assert torch.equal(run.shown["gallery"][f"{name}: symbols"], sets["symbols"][0][order])
+        first = sets["symbols"][0][order]
+        assert torch.equal(run.shown["gallery"][f"{name}: symbols"], first)
+        for _, x0, (found, _) in [entry for entry in made if entry[0] is detectors[name]][1:]:
+            assert torch.equal(x0, first) and any(found is shown for shown in run.shown["gallery"].values())
     assert [call[0] for call in calls] == [detectors[FIRST]] * 4 + [detectors[LAST]] * 4
 
 
