@@ -208,7 +208,7 @@ def best_of(detector, tried, sign=1):
     return best_x, sign * best
 
 @seeded
-def attacked(run, detector, x, a, restarts, sign=1):
+def search(run, detector, x, a, restarts, sign=1):
     """worst_case() of images [n, C, S, S], in parts that fit the memory."""
     images, scores = [], []
     for part in x.split(run.chunk):
@@ -440,10 +440,10 @@ def table_3_12(run, s, test, sets, detectors):
     x_in = test.some(s.images)[0]
     lowered = {}
     for name, detector in detectors.items():
-        _, lowered[name] = attacked(run, detector, x_in, a, s.restarts, -1)
+        _, lowered[name] = search(run, detector, x_in, a, s.restarts, -1)
     rows = []
     for title, (x, removed) in sets.items():
-        fooling = [attacked(run, detector, x, a, s.restarts)[0] for detector in detectors.values()]
+        fooling = [search(run, detector, x, a, s.restarts)[0] for detector in detectors.values()]
         for name, detector in detectors.items():
             inside, clean = detector(x_in), detector(x)
             _, worst = best_of(detector, fooling)  # its own images, and those that fooled the others
@@ -467,7 +467,7 @@ def eps_sweep(run, s, test, sets, detectors):
         inside = detector(x_in)
         for factor in (0, 0.125, 0.25, 0.5, 1, 1.5, 2):
             a = Ball("2", factor * s.eps, s.iterations)
-            scores = attacked(run, detector, x, a, 1)[1] if factor else detector(x)
+            scores = search(run, detector, x, a, 1)[1] if factor else detector(x)
             rows.append(area_row(name, inside, scores, eps=a.eps, set=title))
     run.lines("eps-sweep", rows, "eps", ylabel=f"worst-case AUROC, {title}")
     return rows
@@ -480,11 +480,11 @@ def steps(run, s, test, sets, detectors):
     rows = []
     for factor in (0.1, 0.2, 0.5, 1, 2, 4):
         a = Ball("2", s.eps, max(round(factor * s.iterations), 2))
-        _, scores = attacked(run, detector, x, a, 1)
+        _, scores = search(run, detector, x, a, 1)
         rows.append(area_row("one restart", inside, scores, iterations=a.steps, set=title))
     for restarts in (0, 1, 2, 5, 10):
         a = Ball("2", s.eps, s.iterations)
-        _, scores = attacked(run, detector, x, a, restarts)
+        _, scores = search(run, detector, x, a, restarts)
         rows.append(area_row("more restarts", inside, scores, restarts=restarts, set=title))
     run.lines("steps", rows[:6], "iterations", xscale="log", ylabel=f"worst-case AUROC, {title}")
     return rows
@@ -497,7 +497,7 @@ def histogram(run, s, test, sets, detectors):
     panels, rows = {}, []
     for name in ("softmax, free energy", "binary", OURS):
         detector = detectors[name]
-        _, worst = attacked(run, detector, x, a, 1)
+        _, worst = search(run, detector, x, a, 1)
         panels[name] = {"data": detector(x_in), title: detector(x), f"{title}, attacked": worst}
         for label, scores in panels[name].items():
             rows.append(value(f"mean score, {label}, {name}", scores.mean().item(), n=len(scores)))
@@ -510,12 +510,12 @@ def gallery(run, s, sets, detectors):
     pictures, rows = {}, []
     for name in ("softmax, largest probability", OURS):
         detector = detectors[name]
-        _, scores = attacked(run, detector, x, Ball("2", s.eps, s.iterations), 1)
+        _, scores = search(run, detector, x, Ball("2", s.eps, s.iterations), 1)
         first = scores.argsort(descending=True)[:20]
         pictures[f"{name}: {title}"] = x[first]
         for factor in (1, 3, 6):
             a = Ball("2", factor * s.eps, s.iterations)
-            found, scores = attacked(run, detector, x[first], a, 1)
+            found, scores = search(run, detector, x[first], a, 1)
             pictures[f"{name}: attacked, eps {a.eps:g}"] = found
             mean = scores.mean().item()
             rows.append(value(f"mean score of the pictures, {name}", mean, eps=a.eps, n=len(first)))

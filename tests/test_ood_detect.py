@@ -180,7 +180,7 @@ def test_attacked_images_stay_in_the_ball_and_score_higher(run, exact):
     run.chunk = 3
     a = od.Ball("2", 1.0, 10)
     for sign in (1, -1):
-        found, score = od.attacked(run, detector, x, a, 1, sign)
+        found, score = od.search(run, detector, x, a, 1, sign)
         assert 0 <= found.min() and found.max() <= 1 and od.length(found - x).max() < 1.0001
         assert (sign * (score - detector(x)) > 0).all() and torch.allclose(detector(found), score, atol=1e-5)
 
@@ -398,11 +398,11 @@ def record(monkeypatch):
     """Attacks that are not made: the score rises by eps x steps, or falls; what they were called with."""
     calls = []
 
-    def attacked(run, detector, x, a, restarts, sign=1):
+    def search(run, detector, x, a, restarts, sign=1):
         calls.append((detector, a, restarts, sign, len(x)))
         found = (0.9 * x + 0.01 * len(calls)).clamp(0, 1)
         return found, detector(x) + sign * (a.eps + a.steps / 1000 + restarts)
-    monkeypatch.setattr(od, "attacked", attacked)
+    monkeypatch.setattr(od, "search", attacked)
     return calls
 
 
@@ -410,8 +410,8 @@ def test_table_3_12(run, monkeypatch, world):
     """The worst case of a detector: the best of what attacks on it and on all others found."""
     test, sets, detectors = world
     calls, found = record(monkeypatch), []
-    fake = od.attacked
-    monkeypatch.setattr(od, "attacked", lambda run, detector, x, *a: found.append((detector, x, fake(run, detector, x, *a))) or found[-1][-1])
+    fake = od.search
+    monkeypatch.setattr(od, "search", lambda run, detector, x, *a: found.append((detector, x, fake(run, detector, x, *a))) or found[-1][-1])
     s = settings(eps=0.25, iterations=7, restarts=3)
     rows = {row["quantity"]: row for row in od.table_3_12(run, s, test, sets, detectors)}
     a = od.Ball("2", 0.25, 7)
@@ -469,8 +469,8 @@ def test_histogram_and_gallery(run, monkeypatch, world):
         assert torch.equal(inside, panels[name](test.some(SMOKE.images)[0]))
         assert torch.equal(clean, panels[name](sets["symbols"][0])) and (worst > clean).all()
     calls.clear()
-    fake, made = od.attacked, []
-    monkeypatch.setattr(od, "attacked", lambda run, d, x, *a: made.append((d, x, fake(run, d, x, *a))) or made[-1][-1])
+    fake, made = od.search, []
+    monkeypatch.setattr(od, "search", lambda run, d, x, *a: made.append((d, x, fake(run, d, x, *a))) or made[-1][-1])
     rows = od.gallery(run, settings(eps=2.0), sets, detectors)
     assert [call[1].eps for call in calls] == [2, 2, 6, 12] * 2 and [row["eps"] for row in rows] == [2, 6, 12] * 2
     for name in (FIRST, LAST):  # those that the attacked detector likes best
