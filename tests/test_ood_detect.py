@@ -402,7 +402,7 @@ def record(monkeypatch):
         calls.append((detector, a, restarts, sign, len(x)))
         found = (0.9 * x + 0.01 * len(calls)).clamp(0, 1)
         return found, detector(x) + sign * (a.eps + a.steps / 1000 + restarts)
-    monkeypatch.setattr(od, "search", attacked)
+    monkeypatch.setattr(od, "search", search)
     return calls
 
 
