@@ -1216,6 +1216,8 @@ def side_by_side(nets):
         for parent in list(wide.modules()):
             for name, layer in parent.named_children():
                 setattr(parent, name, _grouped(layer, K))
+    for name, buffer in wide.named_buffers(recurse=False):  # mean and std of ResNet
+        setattr(wide, name, buffer.repeat(1, K, 1, 1))
     states = [net.state_dict() for net in nets]
     joined = {}
     for key, mine in wide.state_dict().items():

@@ -1,0 +1,648 @@
+r"""Generative robust classification: a density for each class, and Bayes' rule between them.
+
+Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.4.
+
+A softmax classifier learns where one class ends and the next begins. A generative classifier asks for each
+class how well an image fits it, and names the class that it fits best. Here a network d_k with one output
+tells images of class k from those of all other classes, while the latter are attacked: an attack is a search
+for a small change of an image, here one that makes an image of another class look like class k. exp(d_k) is
+then, up to a factor, the density of class k.
+
+    d_k: logit, HIGH = like class k. Pixels are in [0, 1]; lengths are l_2 over a whole image.
+    (3.39)  maximise E_k[log sigma(d_k(x))] + E_others[min log(1 - sigma(d_k(x')))], sigma the logistic
+            function, the minimum over x' in the ball of radius --eps-out around x
+    (3.45)  the same, with images of class k attacked too, downwards, in a ball of radius --eps-in
+    (3.43)  g(x) = the k with the largest d_k(x) + c_k: Bayes' rule (3.42) for classes that are as frequent;
+            c_k stands for the unknown factors, and is learned by cross-entropy on validation images
+    (3.46)  attack on a softmax classifier: up the cross-entropy of the label
+    (3.47)  attack on d: up d_k, for each k but the label; (3.48) of these images that with the largest d_k
+
+Both classifiers are tried by the same four attacks, all of them PGD (projected gradient descent: steps along
+a gradient, kept inside a ball): up the cross-entropy (3.46), down the margin (the label's output minus the
+largest other one), and, once for each other class k, (3.47) and down d_y - d_k. An image counts as broken if
+it was misread before, or at any step of any attack.
+
+Commands (two cores; all numbers: results/gen_classify.md):
+    python gen_classify.py                       rendered digits: accuracy, counterfactuals, calibration
+    python gen_classify.py --only figure3.12     how large d_k has to be; also figure3.13, 3.14, 3.15
+    python gen_classify.py --dataset cifar10     a GPU; --budget paper: the published settings
+The log. loss: of one d_k, mean over k. inside, outside: mean d_k of its class, and of attacked others.
+
+Differs: networks are the last ones, not the best ones on test images; c is learned on validation images
+(--calibrate test: on test images, as the source). The softmax classifier is trained here, on the same images.
+"""
+import math
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+import common
+from common import Training, UserError, fast_precision, input_gradient, once, repeat
+from common import rate, seeded, value
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+SETTINGS = common.settings(  # a row: a value for each column, then its help
+    columns=("glyphs", "mnist fashion_mnist", "cifar10", "cifar10-paper"),
+    smoke=dict(width=0.05, soft_width=0.05, batch=2, updates=2, soft_updates=2, steps=2, test_steps=2,
+               images=6, few=4, samples=40, cls_iters=2, ablation=2),
+    net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet18", "network of each d_k"),
+    width=(0.25, 0.25, 0.25, 0.5, "multiplies its channels"),
+    augment=("none", "none", "auto", "auto", "none, crop (and flip), auto (AutoAugment), mixup, cutmix"),
+    batch=(16, 32, 32, 128, "images of each class, and of its p0, in an update"),
+    updates=(600, 2000, 4000, 80_000, "of all d_k; the source has 2000 epochs"),
+    lr=(0.02, 0.02, 0.05, 0.1, "rate of SGD, momentum .9; a tenth of it in the last quarter"),
+    weight_decay=(1e-4, "of SGD"),
+    eps_out=(1.5, 1.5, 0.3, 0.3, "radius of attacks on other classes in training"),
+    eps_in=(0.0, "radius of attacks on the class itself; 0: Eq. 3.39, else 3.45"),
+    steps=(10, "PGD steps of both, each a fifth of the radius long"),
+    soft_net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet50", "network of the softmax classifier"),
+    soft_width=(0.75, 0.75, 0.75, 1.0, "multiplies its channels"),
+    soft_updates=(600, 2000, 4000, 60_000, "its updates, batch 128"),
+    soft_eps=(1.5, 1.5, 0.5, 0.5, "radius of attacks in its training"),
+    eps=(1.5, 1.5, 0.5, 0.5, "radius of attacks in tests"),
+    test_steps=(40, 100, 100, 100, "PGD steps of attacks in tests, each eps / 10 long"),
+    images=(200, 500, 500, 10_000, "test images under attack"),
+    few=(100, 200, 200, 1000, "images of a figure's point"),
+    samples=(500, 1000, 2000, 10_000, "images behind a Frechet distance"),
+    seed_step=(1.0, "length of the 7 or 10 steps from a seed to a sample"),
+    cls_iters=(300, 600, 2000, 8000, "updates of FD-cls's classifier"),
+    ablation=(300, 1000, 2000, 20_000, "updates of each d_k in figures 3.12 to 3.15"),
+    auxiliary=("none", "a data set that becomes half of p0, not in the source; none"),
+    calibrate=("validation", "images that c is learned on: validation, test"),
+)
+
+# --- the model: K networks d_k, and Bayes' rule -------------------------------------------------------------
+
+class Detectors(nn.Module):
+    """K networks with one output each, run as one with K groups of channels; always in eval mode."""
+    def __init__(self, nets):
+        super().__init__()
+        self.K, self.nets = len(nets), common.side_by_side(nets)
+
+    def forward(self, x):
+        """All on each image [n, C, S, S] -> [n, K]; or each on its own images [K, n, C, S, S] -> [K, n]."""
+        if x.dim() == 4:
+            return self.nets(x.repeat(1, self.K, 1, 1))
+        return self.nets(x.transpose(0, 1).flatten(1, 2)).T  # [n, K C, S, S]: a group for each
+
+class Generative(nn.Module):
+    """The generative classifier (3.43): d(x) + c for images [n, C, S, S] -> [n, K]; the largest wins."""
+
+    def __init__(self, d, c=None):
+        super().__init__()
+        self.d = d
+        self.register_buffer("c", torch.zeros(d.K) if c is None else c)
+
+    def forward(self, x):
+        return self.d(x) + self.c
+
+# --- attacks ------------------------------------------------------------------------------------------------
+
+class Radius(NamedTuple):
+    """A search in the ball of radius eps; lengths in [0, 1] units."""
+    eps: float
+    steps: int
+    step: float
+
+def test_attack(s, eps):
+    """The attack of tests, in the ball of this radius."""
+    return Radius(eps, s.test_steps, eps / 10)
+
+def length(x):
+    """l_2 length of each image [..., C, S, S] -> [..., 1, 1, 1]."""
+    return torch.linalg.vector_norm(x, 2, (-3, -2, -1), True)
+
+def down(x, gradient, x0, a):
+    """A step of PGD down a gradient, back into [0, 1], then into the ball around x0. All [..., C, S, S]."""
+    x = x - a.step * gradient / length(gradient).clamp(min=1e-30)  # a gradient of 0 moves nothing
+    delta = x.clamp(0, 1) - x0
+    return x0 + delta * (a.eps / length(delta).clamp(min=a.eps + 1e-30))
+
+def training_step(x, d, x0, a, sign):
+    """Each d_k's own images [K, n, C, S, S] a step down sign * d_k."""
+    with fast_precision(x.device):
+        gradient = input_gradient(lambda x: sign * d(x), x)
+    return down(x, gradient, x0, a)
+
+def best_other(z, y):
+    """Largest logit of a class other than y: [n, K], [n] -> [n]."""
+    return z.scatter(1, y[:, None], -math.inf).amax(1)
+
+def own_logit(z, y):
+    """Logit of class y: [n, K], [n] -> [n]."""
+    return z.gather(1, y[:, None])[:, 0]
+
+def entropy_attack(z, y, k):
+    """(3.46), to be minimised: minus the cross-entropy of the label. Outputs [n, K], [n], [n] -> [n]."""
+    return -F.cross_entropy(z, y, reduction="none")
+
+def margin_attack(z, y, k):
+    """The label's output minus the largest other one: below 0, once the image is misread."""
+    return own_logit(z, y) - best_other(z, y)
+
+def class_attack(z, y, k):
+    """(3.47): up the output of class k, whatever the label's does."""
+    return -own_logit(z, k)
+
+def class_margin_attack(z, y, k):
+    """Class k against the label."""
+    return own_logit(z, y) - own_logit(z, k)
+
+ATTACKS = {  # name: what is minimised, and whether once for each other class k
+    "cross-entropy (3.46)": (entropy_attack, False),
+    "margin": (margin_attack, False),
+    "class by class (3.47)": (class_attack, True),
+    "margin class by class": (class_margin_attack, True),
+}
+
+def test_step(state, net, x0, y, k, loss, a):
+    """A step of PGD. state: images x [n, C, S, S]; which of them were misread so far [n]."""
+    x, misread = state
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        z = net(x)
+        (gradient,) = torch.autograd.grad(loss(z, y, k).sum(), x)
+    misread = misread | (z.argmax(1) != y)
+    return down(x.detach(), gradient, x0, a), misread
+
+@torch.no_grad()
+def attack(net, x0, y, k, loss, a):
+    """PGD from images x0 [n, C, S, S] of labels y [n] -> where it ends, and whether any step was misread."""
+    if not 0 <= x0.min() <= x0.max() <= 1:
+        raise ValueError("an attack wants images in [0, 1]")
+    none = torch.zeros_like(y, dtype=torch.bool)
+    x, misread = repeat(test_step, (x0, none), a.steps, net, x0, y, k, loss, a)
+    return x, misread | (net(x).argmax(1) != y)
+
+def broken_by(run, net, x, y, K, loss, each, a):
+    """Which images an attack breaks [n]; each: once for every class but the label."""
+    broken = []
+    for part_x, part_y in zip(x.split(run.chunk), y.split(run.chunk)):
+        ever = torch.zeros_like(part_y, dtype=torch.bool)
+        for i in range(1, K if each else 2):
+            k = (part_y + i) % K
+            _, misread = attack(net, part_x, part_y, k, loss, a)
+            ever = ever | misread
+        broken.append(ever)
+    return torch.cat(broken)
+
+@torch.no_grad()
+def chosen_images(run, net, x, y, K, a):
+    """(3.48): of the images that (3.47) makes of x, for each class one, those with the largest outputs."""
+    chosen = []
+    for x0, label in zip(x.split(run.chunk), y.split(run.chunk)):
+        best_x, best = x0, torch.full(label.shape, -math.inf, device=x.device)
+        for i in range(1, K):
+            k = (label + i) % K
+            candidate, _ = attack(net, x0, label, k, class_attack, a)
+            reached = own_logit(net(candidate), k)
+            better = reached > best
+            best_x = torch.where(better[:, None, None, None], candidate, best_x)
+            best = torch.maximum(best, reached)
+        chosen.append(best_x)
+    return torch.cat(chosen)
+
+# --- training -----------------------------------------------------------------------------------------------
+
+def lists_of(images, classes):
+    """For each of these classes k: indices of its images, and of all others, each class as often as any."""
+    y = images.y.cpu()
+    own = [(y == k).nonzero()[:, 0] for k in y.unique()]
+    most = max(map(len, own))
+    others = []
+    as_many = [row.repeat(most // len(row) + 1)[:most] for row in own]
+    for k in classes:
+        others.append(torch.cat(as_many[:k] + as_many[k + 1 :]))
+    return [own[k] for k in classes], others
+
+def mixed(x, how):
+    """MixUp, or CutMix with half of the side, among images of each list: x [K, n, C, S, S] -> the same."""
+    other = x[:, torch.randperm(x.shape[1])]
+    if how == "mixup":
+        share = torch.rand(())  # Beta(1, 1)
+        return share * x + (1 - share) * other
+    half = x.shape[-1] // 2
+    top, left = torch.randint(half, (2,)).tolist()
+    x = x.clone()
+    x[..., top : top + half, left : left + half] = other[..., top : top + half, left : left + half]
+    return x
+
+def draw_images(images, lists, batch, seed, t, augment):
+    """Batch t of each list of indices, augmented -> [K, batch, C, S, S]."""
+    picked = []
+    for k, row in enumerate(lists):
+        picked.append(row[common.batch_index(len(row), batch, seed + 100 * k, t)])
+    x = images.take(torch.cat(picked))
+    if augment in ("crop", "auto"):
+        x = common.crop_flip(x, seed + 101 * t)
+    if augment == "auto":
+        policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
+        pixels = (255 * x).round().to(torch.uint8)
+        x = torch.stack([policy(image) for image in pixels]).float() / 255
+    x = x.unflatten(0, (len(lists), batch))
+    if augment in ("mixup", "cutmix"):
+        x = mixed(x, augment)
+    return x
+
+@seeded
+def train_d(run, s, name, train, classes, auxiliary=None):
+    """d_k of these classes, all at once, by Eq. 3.39 or 3.45 -> Detectors, frozen. auxiliary: half of p0."""
+    nets = [common.make_net(s.net, 1, train.shape, s.width).to(run.device).eval() for _ in classes]
+    d = Detectors(nets)
+    optimizer = torch.optim.SGD(d.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * s.updates)])
+    inside, outside = lists_of(train, classes)
+    out = Radius(s.eps_out, s.steps, s.eps_out / 5)
+    into = Radius(s.eps_in, s.steps, s.eps_in / 5)
+    made_from = {"d": d, "images": train, "auxiliary": auxiliary}
+    made_from.update(common.pick(s, "updates batch lr weight_decay eps_out eps_in steps augment"))
+    parts = {"d": d, "optimizer": optimizer, "schedule": schedule}
+    training = Training(run, name, made_from, {"loss": 1e4}, **parts)
+    for it in training.updates(s.updates):
+        x = draw_images(train, inside, s.batch, run.seed + 50, it - 1, s.augment)  # [K, batch, C, S, S]
+        x_out = draw_images(train, outside, s.batch, run.seed, it - 1, s.augment)
+        if auxiliary:
+            half = s.batch // 2
+            index = common.batch_index(len(auxiliary), half * len(nets), run.seed + 7, it - 1)
+            x_out[:, :half] = auxiliary.take(index).unflatten(0, (len(nets), half))
+        x_out = repeat(training_step, x_out, s.steps, d, x_out, out, -1)
+        if s.eps_in:
+            x = repeat(training_step, x, s.steps, d, x, into, 1)
+        with fast_precision(run.device):
+            z, z_out = d(torch.cat([x, x_out], 1)).float().chunk(2, 1)  # [K, batch]
+        loss = (F.softplus(-z).mean(1) + F.softplus(z_out).mean(1)) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()  # not the mean: each d_k gets the gradient that it would get alone
+        optimizer.step()
+        schedule.step()
+        training.log(loss=loss.mean(), inside=z.mean(), outside=z_out.mean())
+    return d.requires_grad_(False)
+
+def adversary(net, x, y, a):
+    """Adversarial training of the softmax classifier: images x attacked by (3.46), in eval mode."""
+    was_training = net.training
+    net.eval()
+    x, _ = attack(net, x, y, y, entropy_attack, a)
+    net.train(was_training)
+    return x
+
+def calibrate(d, images):
+    """c of Eq. 3.43 by cross-entropy of softmax(d + c) on these images: convex in K numbers -> [K]."""
+    z = logits_of(d, images.take(slice(None)))
+    c = torch.zeros(d.K, device=z.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([c], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(z + c, images.y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    c = c.detach()
+    return c - c.mean()  # softmax sees differences alone
+
+# --- what a person can see ----------------------------------------------------------------------------------
+
+def class_seeds(images, k, n):
+    """n draws from the Gaussian of class k's images [n, C, S, S], clipped to [0, 1]."""
+    x = images.take((images.y == k).nonzero()[:, 0]).flatten(1).double()
+    cov = torch.cov(x.T) + 1e-4 * torch.eye(x.shape[1], device=x.device)
+    gaussian = torch.distributions.MultivariateNormal(x.mean(0), cov)
+    x = gaussian.sample((n,)).float().clamp(0, 1)
+    return x.unflatten(1, images.shape)
+
+def make_like(run, net, x, k, steps, step):
+    """Images [n, C, S, S] made more like classes k [n] by so many steps of this length, in no ball."""
+    a = Radius(1e6, steps, step)
+    parts = []
+    for part_x, part_k in zip(x.split(run.chunk), k.split(run.chunk)):
+        parts.append(attack(net, part_x, part_k, part_k, class_attack, a)[0])
+    return torch.cat(parts)
+
+def integrated_gradients(net, x, k, steps=100):
+    """Each pixel's share of output k(x) - k(black): images [n, C, S, S], classes [n] -> the same shape.
+
+    (Sundararajan et al. 2017), by the midpoint rule; the shares of an image sum to the difference.
+    """
+    total = torch.zeros_like(x)
+    for i in range(steps):
+        total += input_gradient(lambda x: own_logit(net(x), k), x * (i + 0.5) / steps)
+    return x * total / steps
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of two Gaussians, float64 [d], [d, d]."""
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).pow(2).sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+def auroc(positive, negative):
+    """Probability that an in-distribution score [P] ranks above an out-distribution one [N]; ties: half."""
+    ordered = negative.sort().values
+    below = torch.searchsorted(ordered, positive)
+    up_to = torch.searchsorted(ordered, positive, right=True)
+    return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
+
+def distance_of(run, s, train, K):
+    """FID where Inception-V3's weights are at hand, else FD-cls: its name, and a function of images."""
+    def classifier():
+        net = "mnist_cnn" if train.shape[0] == 1 else "resnet18"
+        build = partial(common.make_net, net, K, train.shape)
+        return common.train_classifier(run, "classifier", build, train, s.cls_iters, 128)
+    name, network = common.feature_network(train, run.data_dir, classifier)
+    reference = train.take(common.shuffled(len(train), 321)[:50_000])
+    mean, cov = common.feature_statistics(network, reference)
+    return name, partial(distance_to, network, mean, cov)
+
+# --- tables and figures -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def logits_of(net, x):
+    """Outputs for images [n, C, S, S], in parts that fit the memory -> [n, K]."""
+    return common.by_parts(net, x, 250)
+
+def natural(net, x, y):
+    """Which images [n, C, S, S] of labels y [n] are read rightly [n]."""
+    return logits_of(net, x).argmax(1) == y
+
+def largest(net, x):
+    """The largest output for each image [n, C, S, S] -> [n]."""
+    return logits_of(net, x).amax(1)
+
+def table_3_14(run, s, test, nets, K):
+    """Natural and robust accuracy of both classifiers under the same attacks.
+
+    AUROC of the largest output: are attacked images, those of (3.48), told by an output that is low?
+    """
+    x, y = test.some(s.images)
+    a = test_attack(s, s.eps)
+    rows = []
+    for name, net in nets.items():
+        worst = natural(net, x, y)
+        rows.append(rate(f"natural acc, {name}", worst))
+        for title, (loss, each) in ATTACKS.items():
+            unbroken = ~broken_by(run, net, x, y, K, loss, each, a)
+            rows.append(rate(f"robust acc, {name}, {title}", unbroken, eps=a.eps))
+            worst = worst & unbroken
+        x_adv = chosen_images(run, net, x, y, K, a)
+        rows.append(
+            rate(f"robust acc, {name}, one image (3.48)", natural(net, x_adv, y), eps=a.eps)
+        )
+        rows.append(rate(f"robust acc, {name}, worst", worst, eps=a.eps))
+        area = auroc(largest(net, x), largest(net, x_adv))
+        rows.append(value(f"AUROC of the largest output, {name}", area, n=len(x)))
+    return rows
+
+def worst_accuracy(run, net, x, y, K, a):
+    """Which images no attack breaks [n]."""
+    unbroken = natural(net, x, y)
+    for loss, each in ATTACKS.values():
+        unbroken = unbroken & ~broken_by(run, net, x, y, K, loss, each, a)
+    return unbroken
+
+def figure_3_7(run, s, test, nets, K):
+    """Accuracy under the worst of the attacks against their radius, both classifiers."""
+    x, y = test.some(s.few)
+    rows = []
+    for name, net in nets.items():
+        rows.append(rate(f"robust acc, {name}, worst", natural(net, x, y), eps=0.0))
+        for factor in (0.25, 0.5, 1, 1.5, 2, 3):
+            a = test_attack(s, factor * s.eps)
+            unbroken = worst_accuracy(run, net, x, y, K, a)
+            rows.append(rate(f"robust acc, {name}, worst", unbroken, eps=a.eps))
+    run.lines("figure3.7", rows, "eps", ylabel="accuracy")
+    return rows
+
+def distance_to(network, mean, cov, x):
+    """Frechet distance of images [n, C, S, S] to training images of this mean and covariance of features."""
+    return frechet_distance(mean, cov, *common.feature_statistics(network, x))
+
+def table_3_15(run, s, train, test, nets, distance, K):
+    """Frechet distance of samples and of counterfactuals to the training images, 7 and 10 steps."""
+    metric, measure = distance
+    each = max(s.samples // K, 1)
+    seeds = torch.cat([class_seeds(train, k, each) for k in range(K)])
+    k = torch.arange(K, device=seeds.device).repeat_interleave(each)
+    x, y = test.some(len(k))
+    starts = {"samples": (seeds, k), "counterfactuals": (x, (y + 1) % K)}
+    rows = [value(f"{metric} seeds", measure(seeds))]
+    for name, net in nets.items():
+        for steps in (7, 10):
+            for title, (start, target) in starts.items():
+                made = make_like(run, net, start, target, steps, s.seed_step)
+                row = value(f"{metric} {title}, {name}", measure(made), n=len(made), steps=steps)
+                rows.append(row)
+    rows.append(value(f"{metric} held-out data", measure(x)))
+    return rows
+
+def shown(run, s, figure, nets, title, x, k, columns):
+    """FIGURE.png: what ten steps towards classes k [n] make of images x [n, C, S, S], by both classifiers.
+
+    Rows: the share of the images that one classifier made which the other reads as meant.
+    """
+    judges = dict(zip(nets, reversed(nets.values())))
+    pictures, rows = {title: x}, []
+    for name, net in nets.items():
+        made = make_like(run, net, x, k, 10, s.seed_step)
+        pictures[name] = made
+        meant = natural(judges[name], made, k)
+        rows.append(rate(f"made by {name}, read as meant by the other", meant))
+    run.pictures(figure, pictures, columns)
+    return rows
+
+def figure_3_8(run, s, train, nets, K):
+    """Samples: draws from each class's Gaussian, and what ten steps towards the class make of them."""
+    seeds = torch.cat([class_seeds(train, k, 4) for k in range(K)])
+    k = torch.arange(K, device=seeds.device).repeat_interleave(4)
+    return shown(run, s, "figure3.8", nets, "seeds", seeds, k, 20)
+
+def figure_3_9(run, s, test, nets, K):
+    """Counterfactuals: test images, and what ten steps towards each class make of them."""
+    x, _ = test.some(5)
+    k = torch.arange(K, device=x.device).repeat(5)
+    return shown(run, s, "figure3.9", nets, "test images", x.repeat_interleave(K, 0), k, K)
+
+def figure_3_10(run, s, test, nets):
+    """Integrated gradients of the label's output: which pixels speak for the class."""
+    x, y = test.some(10)
+    pictures, rows = {"test images": x}, []
+    black = torch.zeros_like(x)
+    for name, net in nets.items():
+        shares = integrated_gradients(net, x, y)
+        most = shares.abs().amax((1, 2, 3), True).clamp(min=1e-12)
+        pictures[f"{name}: black against, white for"] = 0.5 + shares / most / 2
+        with torch.no_grad():
+            whole = own_logit(net(x), y) - own_logit(net(black), y)
+        error = (shares.flatten(1).sum(1) - whole).abs().max().item()
+        rows.append(value(f"largest error of the sum of shares, {name}", error, n=len(x)))
+    run.pictures("figure3.10", pictures, 10)
+    return rows
+
+def table_3_16(train, test, d, c):
+    """Accuracy without and with the calibration constants."""
+    rows = []
+    for title, images in (("train", train), ("test", test)):
+        x, y = images.some(10_000)
+        for name, constants in (("before", None), ("after", c)):
+            net = Generative(d, constants).to(x.device)
+            right = natural(net, x, y)
+            rows.append(rate(f"{title} acc, {name} calibration", right))
+    return rows
+
+def table_3_17(c):
+    """The calibration constants."""
+    return [value(f"c_{k + 1}", number) for k, number in enumerate(c.tolist())]
+
+def figure_3_11(run, test, d):
+    """Histograms of d_k for images of class k and of the others; the first three classes."""
+    x, y = test.some(2000)
+    z = logits_of(d, x)
+    panels, rows = {}, []
+    for k in range(3):
+        own, others = z[y == k, k], z[y != k, k]
+        panels[f"d_{k + 1}"] = {"its class": own, "others": others}
+        rows.append(value(f"AUROC of d_{k + 1}, clean", auroc(own, others), n=len(own)))
+    run.histograms("figure3.11", panels)
+    return rows
+
+def effect(run, s, train, test, name, title, **beside):
+    """Two rows: AUROC of the first three d_k (mean) for clean images, and where both sides are attacked."""
+    classes = range(3)
+    d = train_d(run, replace(s, updates=s.ablation), name, train, classes)
+    inside, outside = lists_of(test, classes)
+    n = min(s.few, *map(len, inside))
+    x, x_out = [], []
+    for own, others in zip(inside, outside):
+        x.append(test.take(own[:n]))
+        some = common.shuffled(len(others), 3)[:n]
+        x_out.append(test.take(others[some]))
+    x, x_out = torch.stack(x), torch.stack(x_out)
+    a = test_attack(s, s.eps)
+    rows = []
+    for kind, steps in (("standard", 0), ("adversarial", s.test_steps)):
+        x = repeat(training_step, x, steps, d, x, a, 1)
+        x_out = repeat(training_step, x_out, steps, d, x_out, a, -1)
+        with torch.no_grad():
+            z, z_out = d(x), d(x_out)
+        areas = [auroc(one, other) for one, other in zip(z, z_out)]
+        mean = sum(areas) / len(areas)
+        rows.append(value(f"{kind} AUC, {title}", mean, n=n, eps=a.eps, **beside))
+    return rows
+
+def figure_3_12(run, s, train, test):
+    """How large d_k has to be, with and without weight decay."""
+    rows = []
+    for decay in (0.0, 1e-4):
+        for factor in (1, 1.5, 2, 3):
+            changed = replace(s, width=factor * s.width, weight_decay=decay)
+            name, beside = f"width-{changed.width:g}-decay-{decay:g}", {"width": changed.width}
+            rows += effect(run, changed, train, test, name, f"weight decay {decay:g}", **beside)
+    run.lines("figure3.12", rows, "width", ylabel="AUC")
+    return rows
+
+def figure_3_13(run, s, train, test):
+    """The radius of attacks in training, eps_out."""
+    rows = []
+    for factor in (0, 1 / 3, 2 / 3, 1, 5 / 3):
+        changed = replace(s, eps_out=factor * s.eps_out)
+        name = f"eps-out-{changed.eps_out:.2g}"
+        rows += effect(run, changed, train, test, name, "eps_out", eps_out=changed.eps_out)
+    run.lines("figure3.13", rows, "eps_out", ylabel="AUC")
+    return rows
+
+def figure_3_14(run, s, train, test):
+    """Augmentation of training images; MixUp and CutMix, among images of one side, are not in the source."""
+    rows = []
+    for how in ("none", "crop", "auto", "mixup", "cutmix"):
+        if how == "auto" and train.shape[0] != 3:
+            continue  # AutoAugment's policy is for colour images
+        rows += effect(run, replace(s, augment=how), train, test, f"augment-{how}", how)
+    return rows
+
+def figure_3_15(run, s, train, test):
+    """Attacks on other classes alone (3.39), and on the class itself too (3.45), in training."""
+    rows = []
+    for title, eps_in in (("(3.39)", 0.0), ("(3.45)", s.eps_out)):
+        rows += effect(run, replace(s, eps_in=eps_in), train, test, f"eps-in-{eps_in:g}", title)
+    return rows
+
+EXPERIMENTS = common.experiments(
+    headline=[table_3_14, figure_3_9, table_3_16, figure_3_11],
+    others=[
+        table_3_15,
+        table_3_17,
+        figure_3_7,
+        figure_3_8,
+        figure_3_10,
+        figure_3_12,
+        figure_3_13,
+        figure_3_14,
+        figure_3_15,
+    ],
+)
+
+# --- command line -------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
+    s = args.settings
+    common.at_least(1, s, "batch updates soft_updates steps test_steps few samples cls_iters ablation")
+    common.at_least(0, s, "weight_decay eps_in")
+    common.at_least(2, s, "images")
+    common.above_0(s, "width soft_width lr eps eps_out soft_eps seed_step")
+    if s.augment not in ("none", "crop", "auto", "mixup", "cutmix"):
+        raise UserError(f"--augment {s.augment}: known are none, crop, auto, mixup, cutmix")
+    if s.calibrate not in ("validation", "test"):
+        raise UserError(f"--calibrate {s.calibrate}: known are validation, test")
+    return args
+
+def chosen(images, index):
+    """These images alone, in this order."""
+    return common.Images(images.x[index], images.y[index], images.name)
+
+def main(argv=None):
+    args = get_args(argv)
+    s = args.settings
+    data, test = common.train_and_test(args, s.batch, s.images)
+    if s.augment == "auto" and data.shape[0] != 3:
+        raise UserError("--augment auto is for colour images")
+    parts = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
+    validation, train = (chosen(data, index) for index in parts)
+    common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
+    run = common.Run("gen_classify", args)
+    K = int(data.y.max()) + 1
+    build = partial(common.make_net, s.soft_net, K, data.shape, s.soft_width)
+    a = Radius(s.soft_eps, s.steps, s.soft_eps / 5)
+    attacked = {"adversary": partial(adversary, a=a), "made_from": {"attack": a}}
+    if data.shape[0] == 3:
+        attacked.update(sgd=0.1, augment="crop_flip")
+    auxiliary = None
+    if s.auxiliary != "none":
+        auxiliary = common.load_on_device(args, s.auxiliary, "train", *data.shape[:2])
+    d = once(lambda: train_d(run, s, "d", train, range(K), auxiliary))
+    held_out = {"validation": validation, "test": test}[s.calibrate]
+    c = once(lambda: calibrate(d(), held_out))
+    @once
+    def nets():
+        softmax = common.train_classifier(run, "softmax", build, train, s.soft_updates, 128, **attacked)
+        return {"generative": Generative(d(), c()), "softmax": softmax}
+    distance = once(lambda: distance_of(run, s, train, K))
+    run.experiments(
+        EXPERIMENTS,
+        train=train,
+        test=test,
+        d=d,
+        c=c,
+        nets=nets,
+        distance=distance,
+        K=K,
+    )
+
+if __name__ == "__main__":
+    common.call(main)
