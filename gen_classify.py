@@ -17,10 +17,9 @@ then, up to a factor, the density of class k.
     (3.46)  attack on a softmax classifier: up the cross-entropy of the label
     (3.47)  attack on d: up d_k, for each k but the label; (3.48) of these images that with the largest d_k
 
-Both classifiers are tried by the same four attacks, all of them PGD (projected gradient descent: steps along
-a gradient, kept inside a ball): up the cross-entropy (3.46), down the margin (the label's output minus the
-largest other one), and, once for each other class k, (3.47) and down d_y - d_k. An image counts as broken if
-it was misread before, or at any step of any attack.
+Both classifiers are tried by the same four attacks, all PGD (projected gradient descent: steps along a
+gradient, kept inside a ball): (3.46), down the margin (the label's output minus the largest other one), and,
+for each other class k, (3.47) and down d_y - d_k. Broken: misread before, or at any step of any attack.
 
 Commands (two cores; all numbers: results/gen_classify.md):
     python gen_classify.py                       rendered digits: accuracy, counterfactuals, calibration
@@ -230,7 +229,9 @@ def mixed(x, how):
     half = x.shape[-1] // 2
     top, left = torch.randint(half, (2,)).tolist()
     x = x.clone()
-    x[..., top : top + half, left : left + half] = other[..., top : top + half, left : left + half]
+    rows = slice(top, top + half)
+    columns = slice(left, left + half)
+    x[..., rows, columns] = other[..., rows, columns]
     return x
 
 def draw_images(images, lists, batch, seed, t, augment):
@@ -322,7 +323,8 @@ def make_like(run, net, x, k, steps, step):
     a = Radius(1e6, steps, step)
     parts = []
     for part_x, part_k in zip(x.split(run.chunk), k.split(run.chunk)):
-        parts.append(attack(net, part_x, part_k, part_k, class_attack, a)[0])
+        made, _ = attack(net, part_x, part_k, part_k, class_attack, a)
+        parts.append(made)
     return torch.cat(parts)
 
 def integrated_gradients(net, x, k, steps=100):
@@ -371,10 +373,6 @@ def natural(net, x, y):
     """Which images [n, C, S, S] of labels y [n] are read rightly [n]."""
     return logits_of(net, x).argmax(1) == y
 
-def largest(net, x):
-    """The largest output for each image [n, C, S, S] -> [n]."""
-    return logits_of(net, x).amax(1)
-
 def table_3_14(run, s, test, nets, K):
     """Natural and robust accuracy of both classifiers under the same attacks.
 
@@ -395,7 +393,9 @@ def table_3_14(run, s, test, nets, K):
             rate(f"robust acc, {name}, one image (3.48)", natural(net, x_adv, y), eps=a.eps)
         )
         rows.append(rate(f"robust acc, {name}, worst", worst, eps=a.eps))
-        area = auroc(largest(net, x), largest(net, x_adv))
+        clean = logits_of(net, x).amax(1)
+        attacked = logits_of(net, x_adv).amax(1)
+        area = auroc(clean, attacked)
         rows.append(value(f"AUROC of the largest output, {name}", area, n=len(x)))
     return rows
 
@@ -541,8 +541,9 @@ def figure_3_12(run, s, train, test):
     for decay in (0.0, 1e-4):
         for factor in (1, 1.5, 2, 3):
             changed = replace(s, width=factor * s.width, weight_decay=decay)
-            name, beside = f"width-{changed.width:g}-decay-{decay:g}", {"width": changed.width}
-            rows += effect(run, changed, train, test, name, f"weight decay {decay:g}", **beside)
+            name = f"width-{changed.width:g}-decay-{decay:g}"
+            title = f"weight decay {decay:g}"
+            rows += effect(run, changed, train, test, name, title, width=changed.width)
     run.lines("figure3.12", rows, "width", ylabel="AUC")
     return rows
 
@@ -612,8 +613,8 @@ def main(argv=None):
     data, test = common.train_and_test(args, s.batch, s.images)
     if s.augment == "auto" and data.shape[0] != 3:
         raise UserError("--augment auto is for colour images")
-    parts = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
-    validation, train = (chosen(data, index) for index in parts)
+    first, rest = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
+    validation, train = chosen(data, first), chosen(data, rest)
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
     run = common.Run("gen_classify", args)
     K = int(data.y.max()) + 1
