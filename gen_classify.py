@@ -4,9 +4,9 @@ Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.4.
 
 A softmax classifier learns where one class ends and the next begins. A generative classifier asks for each
 class how well an image fits it, and names the class that it fits best. Here a network d_k with one output
-tells images of class k from those of all other classes, while the latter are attacked: an attack is a search
-for a small change of an image, here one that makes an image of another class look like class k. exp(d_k) is
-then, up to a factor, the density of class k.
+tells images of class k from p0, those of all other classes. Meanwhile the latter are attacked: changed a
+little, so that they look like class k to d_k. So d_k learns to be high where images of the class are, and low
+all around them; exp(d_k) is read as the density of class k, up to a factor that nobody knows.
 
     d_k: logit, HIGH = like class k. Pixels are in [0, 1]; lengths are l_2 over a whole image.
     (3.39)  maximise E_k[log sigma(d_k(x))] + E_others[min log(1 - sigma(d_k(x')))], sigma the logistic
@@ -27,8 +27,8 @@ Commands (two cores; all numbers: results/gen_classify.md):
     python gen_classify.py --dataset cifar10     a GPU; --budget paper: the published settings
 The log. loss: of one d_k, mean over k. inside, outside: mean d_k of its class, and of attacked others.
 
-Differs: networks are the last ones, not the best ones on test images; c is learned on validation images
-(--calibrate test: on test images, as the source). The softmax classifier is trained here, on the same images.
+Differs: networks are the last ones, not the best ones on test images; c is learned on validation images, to
+the end (--calibrate test: on those on which the source stops early). The softmax classifier is trained here.
 """
 import math
 from dataclasses import replace
@@ -227,7 +227,7 @@ def mixed(x, how):
         share = torch.rand(())  # Beta(1, 1)
         return share * x + (1 - share) * other
     half = x.shape[-1] // 2
-    top, left = torch.randint(half, (2,)).tolist()
+    top, left = torch.randint(half + 1, (2,)).tolist()
     x = x.clone()
     rows = slice(top, top + half)
     columns = slice(left, left + half)
@@ -241,7 +241,7 @@ def draw_images(images, lists, batch, seed, t, augment):
         picked.append(row[common.batch_index(len(row), batch, seed + 100 * k, t)])
     x = images.take(torch.cat(picked))
     if augment in ("crop", "auto"):
-        x = common.crop_flip(x, seed + 101 * t)
+        x = common.crop_flip(x, seed + 101 * t, flip=len(x[0]) == 3)
     if augment == "auto":
         policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
         pixels = (255 * x).round().to(torch.uint8)
@@ -396,7 +396,7 @@ def table_3_14(run, s, test, nets, K):
         clean = logits_of(net, x).amax(1)
         attacked = logits_of(net, x_adv).amax(1)
         area = auroc(clean, attacked)
-        rows.append(value(f"AUROC of the largest output, {name}", area, n=len(x)))
+        rows.append(value(f"AUROC of the largest output, {name}", area))
     return rows
 
 def worst_accuracy(run, net, x, y, K, a):
