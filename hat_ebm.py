@@ -403,13 +403,13 @@ class Metric(NamedTuple):
         return torch.pdist(z.float()).mean().item()
 
 def make_metric(run, s, data):
-    """FID where Inception-V3's weights are at hand, else FD-cls; the reference: at most 50,000 images."""
+    """FID where Inception-V3's weights are at hand, else FD-cls; held against 10,000 + s.images images."""
     def classifier():
         net = "mnist_cnn" if data.shape[0] == 1 else "resnet18"
         build = partial(common.make_net, net, int(data.y.max()) + 1, data.shape)
         return common.train_classifier(run, "classifier", build, data, s.cls_iters)
     name, network = common.feature_network(data, run.data_dir, classifier)
-    reference = data.take(common.shuffled(len(data), 321)[:50_000]).to(run.device)
+    reference = data.take(common.shuffled(len(data), 321)[: 10_000 + s.images]).to(run.device)
     return Metric(name, network, *common.feature_statistics(network, reference))
 
 def auroc(positive, negative):
