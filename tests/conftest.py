@@ -85,3 +85,11 @@ def outcome(capsys):
             code = stop.code
         return code, capsys.readouterr().err
     return run
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """No network wider than an eighth: smoke runs of every experiment then take seconds."""
+    import common
+    make_net = common.make_net
+    monkeypatch.setattr(common, "make_net", lambda name, outputs, shape, width=1.0: make_net(name, outputs, shape, min(width, 0.125)))

@@ -446,7 +446,7 @@ def test_main_keeps_the_splits_apart(tmp_path, monkeypatch, calibrate):
         assert not any(image.tobytes() in seen for image in asked["d"].x[:500].numpy())
 
 
-def test_smoke_run_of_every_experiment(tmp_path, outcome):
+def test_smoke_run_of_every_experiment(tmp_path, outcome, narrow):
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu")
     assert outcome(gc, *flags, "--only", *gc.EXPERIMENTS) == (0, "")
     folder = tmp_path / "gen_classify-glyphs"
@@ -460,7 +460,7 @@ def test_smoke_run_of_every_experiment(tmp_path, outcome):
     assert code == 2 and "d.pt" in err and err.count("\n") == 1
 
 
-def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
+def test_smoke_run_on_colour(tmp_path, write_npz, outcome, narrow):
     data = write_npz("cifar10", n=90)
     flags = ("--dataset", "cifar10", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
     assert outcome(gc, *flags, "--width", "0.0625", "--soft-width", "0.0625") == (0, "")

@@ -483,7 +483,7 @@ def test_the_autoencoder_learns_as_it_decodes(run, monkeypatch, exact):
         assert 1e-4 < off.abs().max() < 0.02
 
 
-def test_smoke_run_of_every_experiment(tmp_path, outcome):
+def test_smoke_run_of_every_experiment(tmp_path, outcome, narrow):
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu")
     assert outcome(hb, *flags, "--only", *hb.EXPERIMENTS) == (0, "")
     folder = tmp_path / "hat_ebm-glyphs"
@@ -498,7 +498,7 @@ def test_smoke_run_of_every_experiment(tmp_path, outcome):
     assert code == 2 and "synth.pt" in err and err.count("\n") == 1
 
 
-def test_mode_runs_that_mode_alone(tmp_path, outcome):
+def test_mode_runs_that_mode_alone(tmp_path, outcome, narrow):
     assert outcome(hb, "--budget", "smoke", "--mode", "retrofit", "--out", tmp_path, "--device", "cpu") == (0, "")
     folder = tmp_path / "hat_ebm-glyphs"
     assert set(json.loads((folder / "results.json").read_text())) == {"figure6.8"}
@@ -509,7 +509,7 @@ def test_mode_runs_that_mode_alone(tmp_path, outcome):
         assert set(names) <= set(hb.EXPERIMENTS), mode
 
 
-def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
+def test_smoke_run_on_colour(tmp_path, write_npz, outcome, narrow):
     data = write_npz("cifar10", n=60)
     write_npz("cifar100", n=60)
     flags = ("--dataset", "cifar10", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
