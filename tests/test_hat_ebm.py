@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import common
@@ -514,6 +515,22 @@ def test_smoke_run_on_colour(tmp_path, write_npz, outcome, narrow):
     write_npz("cifar100", n=60)
     flags = ("--dataset", "cifar10", "--budget", "smoke", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
     assert outcome(hb, *flags, "--only", "table6.1", "table6.3") == (0, "")
+
+
+@pytest.mark.parametrize("name, side", [("celeba", 64), ("imagenet", 128)])
+def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome, monkeypatch, name, side):
+    monkeypatch.setattr(common, "train_classifier", lambda run, name, build, *_: common.make_net("small_cnn", 2, (3, side, side)).eval())
+    for split in ("train", "val"):
+        for kind in ("one", "other"):
+            folder = tmp_path / "data" / name / split / kind
+            folder.mkdir(parents=True)
+            for i in range(14):
+                picture = torch.randint(0, 256, (3, 40 + i, 48), dtype=torch.uint8)
+                torchvision.io.write_png(picture, str(folder / f"{i}.png"))
+    flags = ("--dataset", name, "--side", side, "--budget", "smoke", "--data-dir", tmp_path / "data", "--out", tmp_path,
+             "--device", "cpu", "--images", "4", "--batch", "2")
+    assert outcome(hb, *flags, "--only", "table6.2", "figure6.9") == (0, "")
+    assert (tmp_path / f"hat_ebm-{name}" / "figure6.9.png").exists()
 
 
 @pytest.mark.parametrize("flags, says", [
