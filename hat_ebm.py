@@ -33,9 +33,9 @@ differ in where G comes from, and in what walks:
             logit of the GAN's discriminator. Constants of both peers are ours, and not tuned.
 
 Commands (two cores; all numbers: results/hat_ebm.md):
-    python hat_ebm.py                       synthesis and refinement of rendered digits
+    python hat_ebm.py                       digits: synthesis, refinement (FD-cls 85 -> 48); 5 minutes
     python hat_ebm.py --mode retrofit       one mode alone: synth, refine or retrofit
-    python hat_ebm.py --dataset cifar10     a GPU; --budget paper: published files; thesis: the thesis's table
+    python hat_ebm.py --dataset cifar10     a GPU, never run so far; --budget paper or thesis: its two tables
 The log. d: mean H of data minus that of ends of chains; far below 0 chains have lost, H tells them at sight.
 grad: length of grad H at these ends. y: of the residual. z: its standard deviation. loss_g: (6.12), a pixel.
 
