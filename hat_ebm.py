@@ -72,10 +72,10 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     gan_iters=(200, 500, 8000, 8000, 100_000, 100_000, 100_000, 100_000, "updates of the GAN's G"),
     ae_iters=(800, 1000, 5000, 5000, 49_900, 49_900, 49_900, 49_900, "updates of the autoencoder"),
     cls_iters=(300, 600, 2000, 2000, 8000, 8000, 8000, 8000, "updates of FD-cls's classifier"),
-    images=(300, 1000, 5000, 5000, 49_920, 49_920, 49_920, 49_920, "samples in an evaluation"),
-    compared=(100, 200, 500, 500, 500, 500, 500, 500, "updates of each learner in figure 6.4"),
+    images=(200, 1000, 5000, 5000, 49_920, 49_920, 49_920, 49_920, "samples in an evaluation"),
+    compared=(80, 200, 500, 500, 500, 500, 500, 500, "updates of each learner in figure 6.4"),
     # synthesis: Alg. 5
-    synth_updates=(600, 2000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
+    synth_updates=(450, 2000, 6000, 4000, 50_000, 100_000, 50_000, 300_000, "updates of H, and of G"),
     synth_lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, of H"),
     synth_lr_g=(1e-3, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 5e-5, "rate of Adam, of G"),
     synth_k=(20, 20, 50, 50, 50, 50, 50, 50, "Langevin steps of an update"),

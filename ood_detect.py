@@ -60,12 +60,12 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     columns=("glyphs", "mnist fashion_mnist", "cifar10", "cifar10-paper"),
     smoke=dict(width=0.1, batch=4, updates=2, steps_in=2, steps_out=2, images=6, iterations=4, restarts=1),
     net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet50", "the network of all methods"),
-    width=(0.5, 1.0, 0.5, 1.0, "multiplies its channels"),
+    width=(0.5, 0.5, 0.5, 1.0, "multiplies its channels"),
     p0=("letters:36", "letters:36", "tinyimagenet:150", "tinyimagenet:150",
         "a data set by name, or NAME:n for its first n classes; the others are then a test set"),
     augment=("none", "none", "auto", "auto", "auto: crop, flip, AutoAugment, Cutout; none"),
-    batch=(50, 100, 128, 128, "data images, and as many of p0, in an update"),
-    updates=(800, 3000, 6000, 156_000, "of each network; the source has 400 epochs"),
+    batch=(50, 50, 128, 128, "data images, and as many of p0, in an update"),
+    updates=(800, 1600, 6000, 156_000, "of each network; the source has 400 epochs"),
     lr=(0.05, 0.05, 0.1, 0.1, "constant rate of SGD, Nesterov momentum .9"),
     eps_in=(1.0, 1.0, 0.25, 0.25, "radius of attacks on the data in training"),
     eps_out=(2.0, 2.0, 0.5, 0.5, "radius of attacks on p0 in training"),
@@ -74,8 +74,8 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     step=(0.4, 0.4, 0.1, 0.1, "length of a PGD step in training"),
     eps=(2.0, 2.0, 1.0, 1.0, "radius of attacks in tests"),
     iterations=(40, 100, 100, 100, "of an attack in tests"),
-    restarts=(1, 5, 5, 5, "random starts of Auto-PGD"),
-    images=(200, 1000, 1000, 1024, "test images, and as many of each other set"),
+    restarts=(1, 2, 5, 5, "random starts of Auto-PGD"),
+    images=(200, 400, 1000, 1024, "test images, and as many of each other set"),
 )
 TPR = 0.95  # share of data images that a threshold accepts
 OTHERS = {  # the out-distribution of a data set; figures show the first that is at hand
