@@ -116,27 +116,47 @@ def test_attacks_class_by_class_try_every_other_class(run, monkeypatch):
     monkeypatch.setattr(gc, "attack", attack)
     x, y = torch.rand(3, *SHAPE), torch.tensor([0, 1, 2])
     run.chunk = 2
-    broken = gc.broken_by(run, None, x, y, 3, gc.class_attack, True, gc.Radius(1.0, 2, 0.5))
-    assert tried == [(2, [1, 2]), (2, [2, 0]), (1, [0]), (1, [1])] and broken.tolist() == [True, True, False]
+    still = torch.tensor([True, True, True])
+    left = gc.unbroken(run, None, x, y, 3, still, gc.class_attack, True, gc.Radius(1.0, 2, 0.5))
+    assert tried == [(2, [1, 2]), (1, [0]), (2, [2, 1])]  # the second image is broken, and drops out
+    assert left.tolist() == [False, False, True] and still.all()
     tried.clear()
-    gc.broken_by(run, None, x, y, 3, gc.margin_attack, False, gc.Radius(1.0, 2, 0.5))
+    gc.unbroken(run, None, x, y, 3, still, gc.margin_attack, False, gc.Radius(1.0, 2, 0.5))
     assert len(tried) == 2  # once for each part
+    tried.clear()
+    left = gc.unbroken(run, None, x, y, 3, ~still, gc.class_attack, True, gc.Radius(1.0, 2, 0.5))
+    assert not tried and not left.any()  # images that were broken before stay so
 
 
-def test_3_48_takes_the_image_with_the_largest_output(run, monkeypatch):
-    """Candidates of class k have output k at the level below; for the first image 2, for the second 1."""
-    level = torch.tensor([[0.0, 0.3, 0.7], [0.4, 0.0, 0.2]])
-    net = Linear(torch.eye(3))
+def test_3_48_takes_the_image_with_the_largest_output(run):
+    """d_k is pixel k: the attack turns pixels up, as far as the ball lets it, and c decides between equals."""
+    class Pixels(nn.Module):
+        K = 3
 
-    def attack(net, x, y, k, loss, a):
-        assert loss is gc.class_attack
-        out = torch.zeros(len(x), 1, 1, 3)
-        for i, kind in enumerate(k):
-            out[i, 0, 0, kind] = level[i, kind]
-        return out, None
-    monkeypatch.setattr(gc, "attack", attack)
-    x = gc.chosen_images(run, net, torch.rand(2, 1, 1, 3), torch.tensor([0, 1]), 3, None)
-    assert x.flatten(1).tolist() == [pytest.approx([0, 0, 0.7]), pytest.approx([0.4, 0, 0])]
+        def forward(self, x):
+            return x.flatten(1) if x.dim() == 4 else torch.stack([x[k, :, 0, 0, k] for k in range(3)])
+    d = Pixels()
+    x = torch.tensor([[0.5, 0.2, 0.1], [0.2, 0.5, 0.1]]).view(2, 1, 1, 3)
+    y = torch.tensor([0, 1])
+    a = gc.Radius(0.3, 20, 0.03)
+    made = gc.likest_images(gc.Generative(d), x, y, a).flatten(1)
+    assert made[0].tolist() == pytest.approx([0.5, 0.5, 0.1], abs=0.02)  # class 1, .2 + .3, before class 2
+    assert made[1].tolist() == pytest.approx([0.5, 0.5, 0.1], abs=0.02)  # class 0, never its own, 1
+    c = torch.tensor([0.0, 0.0, 0.3])
+    made = gc.likest_images(gc.Generative(d, c), x, y, a).flatten(1)
+    assert made[:, 2].tolist() == pytest.approx([0.4, 0.4], abs=0.02)
+
+
+def test_the_source_attacks_each_classifier_in_its_own_way(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gc, "likest_images", lambda net, x, y, a: seen.append((net, len(x), a)) or x)
+    monkeypatch.setattr(gc, "attack", lambda net, x, y, k, loss, a: (seen.append((net, loss, a)) or x + 1, None))
+    run.chunk = 2
+    x, y = torch.rand(3, *SHAPE), torch.tensor([0, 1, 2])
+    generative, softmax = gc.Generative(small_d(3)), nn.Identity()
+    assert torch.equal(gc.source_attack(run, generative, x, y, "a"), x)
+    assert torch.equal(gc.source_attack(run, softmax, x, y, "b"), x + 1)
+    assert seen == [(generative, 2, "a"), (generative, 1, "a")] + [(softmax, gc.entropy_attack, "b")] * 2
 
 
 def test_foolbox_or_torchattacks_do_not_find_more(run, exact):
@@ -146,9 +166,11 @@ def test_foolbox_or_torchattacks_do_not_find_more(run, exact):
     x = torch.rand(12, *SHAPE)
     y = net(x).argmax(1)
     a = gc.Radius(0.5, 20, 0.1)
-    ours = ~gc.worst_accuracy(run, net, x, y, 3, a)
+    still = gc.natural(net, x, y)
+    for loss, each in gc.ATTACKS.values():
+        still = gc.unbroken(run, net, x, y, 3, still, loss, each, a)
     theirs = torchattacks.PGDL2(net, eps=0.5, alpha=0.1, steps=20, random_start=False)(x, y)
-    assert not (~ours & (net(theirs).argmax(1) != y)).any()
+    assert not (still & (net(theirs).argmax(1) != y)).any()
 
 
 # --- training ---
@@ -325,11 +347,12 @@ def test_table_3_14_joins_the_attacks_image_by_image(run, monkeypatch, nets):
     broken = {loss: torch.arange(6) == i + 1 for i, (loss, _) in enumerate(gc.ATTACKS.values())}
     calls = []
 
-    def broken_by(run, net, x, y, K, loss, each, a):
+    def unbroken(run, net, x, y, K, still, loss, each, a):
+        assert still.tolist() == [False] + [True] * 5  # of images read rightly
         calls.append((net, K, each, a))
-        return broken[loss] | (torch.arange(6) == 0)
-    monkeypatch.setattr(gc, "broken_by", broken_by)
-    monkeypatch.setattr(gc, "chosen_images", lambda run, net, x, y, K, a: x)
+        return still & ~broken[loss]
+    monkeypatch.setattr(gc, "unbroken", unbroken)
+    monkeypatch.setattr(gc, "source_attack", lambda run, net, x, y, a: x)
     s = replace(SMOKE, images=6, eps=2.0, test_steps=5)
     rows = {row["quantity"]: row["value"] for row in gc.table_3_14(run, s, test, nets, 10)}
     for name, net in nets.items():
@@ -343,12 +366,26 @@ def test_table_3_14_joins_the_attacks_image_by_image(run, monkeypatch, nets):
 
 
 def test_figure_3_7(run, monkeypatch, nets):
-    seen = []
-    monkeypatch.setattr(gc, "worst_accuracy", lambda run, net, x, y, K, a: seen.append((net, a.eps)) or (y >= 0))
-    rows = gc.figure_3_7(run, replace(SMOKE, eps=2.0), some_images(), nets, 10)
-    radii = [0.5, 1, 2, 3, 4, 6]
-    assert [row["eps"] for row in rows] == [0, *radii] * 2
-    assert seen == [(net, eps) for net in nets.values() for eps in radii]
+    """Attacks share their survivors, also from radius to radius; the source's attack starts afresh."""
+    seen, n = [], 6
+
+    def unbroken(run, net, x, y, K, still, loss, each, a):
+        seen.append((net, a.eps, loss, still.sum().item()))
+        return still & (torch.arange(n) != len(seen) % 20) if loss is gc.margin_attack else still
+    monkeypatch.setattr(gc, "unbroken", unbroken)
+    monkeypatch.setattr(gc, "natural", lambda net, x, y: torch.tensor([x.mean() < 2] * n) & (x[:, 0, 0, 0] != 3))
+    monkeypatch.setattr(gc, "source_attack", lambda run, net, x, y, a: x.clone().index_fill_(0, torch.tensor(5), 3.0) if a.eps == 4 else x)
+    rows = gc.figure_3_7(run, replace(SMOKE, eps=2.0, few=n), some_images(), nets, 10)
+    radii = [1, 2, 3, 4, 6]
+    assert [(net, eps, loss) for net, eps, loss, _ in seen] == [
+        (net, eps, loss) for net in nets.values() for eps in radii for loss, _ in gc.ATTACKS.values()
+    ]
+    assert [row["eps"] for row in rows[:12]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 6, 6]
+    assert [still for *_, still in seen[:20]] == [6, 6, 5, 5, 5, 5] + [5] * 10 + [4] * 4
+    by_source = [row["value"] for row in rows[:12] if row["quantity"] == "robust acc, generative, source's attack"]
+    assert by_source == [pytest.approx(v) for v in (1, 1, 1, 1, 5 / 6, 1)]
+    worst = [row["value"] for row in rows[:12] if row["quantity"] == "robust acc, generative, worst"]
+    assert worst == [pytest.approx(v) for v in (1, 5 / 6, 5 / 6, 5 / 6, 4 / 6, 4 / 6)]
 
 
 def test_counterfactuals_are_judged_by_the_other(run, monkeypatch, nets):
