@@ -32,17 +32,22 @@ Commands (two cores; all numbers: results/ood_detect.md):
     python ood_detect.py                      digits against symbols, letters, noise: 9 minutes of one core,
                                               worst-case AUROC of symbols .84, softmax .45
     python ood_detect.py --only eps-sweep     AUROC of all methods against the radius of the attack
-    python ood_detect.py --dataset mnist      the same for written digits
-    python ood_detect.py --dataset cifar10    a GPU, never run so far; --budget paper: published settings
+    python ood_detect.py --dataset mnist      the same for written digits; --dataset cifar10: a GPU
+    python ood_detect.py --dataset celebahq --only table3.13    the model of at_gen.py's run, on large pictures
 The log. loss: what is minimised. inside, outside: mean score of the data and of p0, attacked where they are.
 
 Differs: the source's p0, 80 Million Tiny Images, is withdrawn; here it is Tiny ImageNet's first 150 classes,
 not cleaned of look-alikes of the data, or letters. p0's other classes are an out-distribution set; some of
-these letters have an upper-case twin in p0. The data in tests are held out. RATIO and Outlier Exposure have
-this method's radii, network and updates, not those of their papers.
+these letters have an upper-case twin in p0. Test data are held out. RATIO and Outlier Exposure have this
+method's radii, network and updates, not those of their papers.
 """
+import json
 import math
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,7 +62,8 @@ from common import load_images, once, repeat, seeded, value
 # --- settings -----------------------------------------------------------------------------------------------
 
 SETTINGS = common.settings(  # a row: a value for each column, then its help
-    columns=("glyphs", "mnist fashion_mnist", "cifar10", "cifar10-paper"),
+    columns=("glyphs", "mnist fashion_mnist", "cifar10 celebahq afhq_cat lsun_church",
+             "cifar10-paper celebahq-paper afhq_cat-paper lsun_church-paper"),
     smoke=dict(width=0.1, batch=4, updates=2, steps_in=2, steps_out=2, images=6, iterations=4, restarts=1),
     net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet50", "the network of all methods"),
     width=(0.5, 0.5, 0.5, 1.0, "multiplies its channels"),
@@ -78,11 +84,13 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     images=(200, 400, 1000, 1024, "test images, and as many of each other set"),
 )
 TPR = 0.95  # share of data images that a threshold accepts
+LARGE = ("celebahq", "afhq_cat", "lsun_church")  # folders of pictures: table3.13 alone
 OTHERS = {  # the out-distribution of a data set; figures show the first that is at hand
     "glyphs": ("symbols", "letters", "noise"),
     "mnist": ("symbols", "letters", "fashion_mnist", "noise"),
     "fashion_mnist": ("symbols", "letters", "mnist", "noise"),
     "cifar10": ("svhn", "cifar100", "tinyimagenet", "noise"),
+    **dict.fromkeys(LARGE, ("svhn", "cifar10", "imagenet", *LARGE, "noise")),
 }
 
 # --- scores: high for images like the data ------------------------------------------------------------------
@@ -333,6 +341,68 @@ def train(run, s, name, data, p0):
         training.log(loss=loss, inside=score(z).mean(), outside=score(z_out).mean())
     return net.requires_grad_(False)
 
+# --- the models of at_gen.py, for large pictures ------------------------------------------------------------
+
+class ResBlk(nn.Module):
+    """Pre-activation residual block, no normalisation, that halves the side; the sum is divided by sqrt 2."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_in, 3, 1, 1)
+        self.conv2 = nn.Conv2d(c_in, c_out, 3, 1, 1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x):
+        y = F.avg_pool2d(self.conv1(F.leaky_relu(x, 0.2)), 2)
+        y = self.conv2(F.leaky_relu(y, 0.2))
+        return (y + F.avg_pool2d(self.skip(x), 2)) / math.sqrt(2)
+
+class ResBlockD(nn.Module):
+    """The D of Tab. 2.2, its stem 3x3 as in the source's code. [B, 3, side, side] -> [B, 1].
+
+    20,851,777 parameters at 256 pixels. Other powers of two: a stem of 2^14 / side channels, doubled by each
+    block to at most 512, and log2(side) - 2 blocks, down to 4x4.
+    """
+
+    def __init__(self, side):
+        super().__init__()
+        if side < 8 or side & (side - 1):
+            raise UserError(
+                f"the residual D takes sides that are powers of two from 8 on, not {side}"
+            )
+        mean, std = torch.tensor(common.IMAGENET).view(2, 1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        c = min(2**14 // side, 512)
+        layers = [nn.Conv2d(3, c, 3, 1, 1)]
+        for _ in range(int(math.log2(side)) - 2):
+            layers.append(ResBlk(c, min(2 * c, 512)))
+            c = min(2 * c, 512)
+        self.body = nn.Sequential(
+            *layers, nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2), nn.Flatten()
+        )
+        self.head = nn.Linear(c, 1)
+
+    def forward(self, x):
+        return self.head(self.body((x - self.mean) / self.std))
+
+def at_gen_model(args):
+    """f of at_gen.py's run on this data set, frozen, and the side of its pictures; trained if need be."""
+    folder = args.out / f"at_gen-{args.dataset}"
+    state = common.read_checkpoint(folder / "f.pt") if (folder / "f.pt").exists() else {}
+    if not state.get("finished") or (state["smoke"] and args.budget != "smoke"):
+        command = [sys.executable, str(Path(__file__).with_name("at_gen.py")), "--only", "figure2.7"]
+        for flag in "dataset budget out data-dir seed device".split():
+            command += [f"--{flag}", str(getattr(args, flag.replace("-", "_")))]
+        print(f"no finished model in {folder}; running {' '.join(command)}", flush=True)
+        if subprocess.run(command).returncode:
+            raise UserError(f"no model in {folder}; at_gen.py said why, above")
+        state = common.read_checkpoint(folder / "f.pt")
+    side = json.loads((folder / "config.json").read_text())["settings"]["side"]
+    f = ResBlockD(side)
+    f.load_state_dict(state["f"])
+    return f.to(args.device).eval().requires_grad_(False), side
+
 # --- images of the out-distribution -------------------------------------------------------------------------
 
 def load_p0(args, shape, name, split="train"):
@@ -372,10 +442,10 @@ def other_sets(args, s, data, test, p0):
     shape = data.shape
     found = {}
     for name in OTHERS[data.name]:
-        if name == s.p0:
+        if name in (s.p0, data.name):
             continue
         try:
-            found[name] = load_images(name, "test", args.data_dir, *shape[:2])
+            found[name] = common.load_on_device(args, name, "test", *shape[:2])
         except UserError as error:
             print(f"left out: {error}")
             continue
@@ -455,6 +525,10 @@ def table_3_12(run, s, test, sets, detectors):
             rows.append({**row, "data_attacked": reverse})
     return rows
 
+def table_3_13(run, s, test, sets, detectors):
+    """The models of at_gen.py on large pictures, attacked within a radius of 7 at 256 pixels."""
+    return table_3_12(run, replace(s, eps=7 * test.shape[1] / 256), test, sets, detectors)
+
 def first_set(sets):
     """The first out-distribution set: its name, its images."""
     title, (x, _) = next(iter(sets.items()))
@@ -526,7 +600,7 @@ def gallery(run, s, sets, detectors):
 
 EXPERIMENTS = common.experiments(
     headline=[table_3_12, histogram, gallery],
-    others=[eps_sweep, steps],
+    others=[table_3_13, eps_sweep, steps],
 )
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -540,11 +614,20 @@ def get_args(argv=None):
     common.above_0(s, "width lr step eps eps_in eps_out")
     if s.augment not in ("none", "auto"):
         raise UserError(f"--augment {s.augment}: known are none, auto")
+    if (args.dataset in LARGE) != (args.only == ["table3.13"]):
+        raise UserError(f"--only table3.13 is for {', '.join(LARGE)}, which have nothing else")
     return args
 
 def main(argv=None):
     args = get_args(argv)
     s = args.settings
+    if args.dataset in LARGE:
+        f, side = at_gen_model(args)
+        test = common.load_on_device(args, args.dataset, "test", None, side)
+        sets = other_sets(args, replace(s, p0="none"), test, test, test)
+        run = common.Run("ood_detect", args, p0="that of at_gen.py")
+        model = {"AT generative model": Detector(f, logit)}
+        return run.experiments(EXPERIMENTS, test=test, sets=sets, detectors=model)
     data, test = common.train_and_test(args, s.batch, s.images)
     if s.augment == "auto" and data.shape[0] != 3:
         raise UserError("--augment auto is for colour images")

@@ -1,13 +1,16 @@
 """ood_detect.py: scores, attacks, training of every method, out-distribution sets, tables, the script as a whole."""
 import json
 import math
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import common
@@ -517,10 +520,11 @@ def test_colour_images_are_augmented_on_both_sides(run, monkeypatch):
 
 def test_smoke_run_of_every_experiment(tmp_path, outcome):
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu")
-    assert outcome(od, *flags, "--only", *od.EXPERIMENTS) == (0, "")
+    small = [name for name in od.EXPERIMENTS if name != "table3.13"]  # which is for large pictures
+    assert outcome(od, *flags, "--only", *small) == (0, "")
     folder = tmp_path / "ood_detect-glyphs"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == set(od.EXPERIMENTS) and {entry["p0"] for entry in results.values()} == {"letters:36"}
+    assert set(results) == set(small) and {entry["p0"] for entry in results.values()} == {"letters:36"}
     for name, entry in results.items():
         for row in entry["rows"]:
             assert math.isfinite(row["value"]), (name, row)
@@ -541,7 +545,53 @@ def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
     assert {"AUROC svhn, RATIO", "AUROC cifar100, binary", "worst-case AUROC single colours, binary"} <= {r["quantity"] for r in rows}
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A data folder with three sets of pictures in files."""
+    random = np.random.RandomState(1)
+    for name in ("celebahq", "imagenet", "afhq_cat"):
+        for i in range(30):
+            file = tmp_path / "data" / name / f"part{i % 3}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.randint(0, 256, (40 + i, 50, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "data"
+
+
+def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, monkeypatch):
+    flags = ("--dataset", "celebahq", "--budget", "smoke", "--data-dir", pictures, "--out", tmp_path,
+             "--device", "cpu", "--only")
+    made = []
+
+    def at_gen_instead(command):  # with the side of 8, which is quick
+        made.append(command)
+        return subprocess.run([*command, "--side", "8", "--k-max", "1", "--images", "8"])
+    monkeypatch.setattr(od, "subprocess", SimpleNamespace(run=at_gen_instead))
+    kept = {}
+    real = od.table_3_12
+
+    def table_3_12(run, s, test, sets, detectors):
+        kept.update(eps=s.eps, test=test, sets=sets, detectors=detectors)
+        return real(run, s, test, sets, detectors)
+    monkeypatch.setattr(od, "table_3_12", table_3_12)
+    for _ in range(2):  # trained once
+        assert outcome(od, *flags, "table3.13", "--images", "4") == (0, "")
+    assert len(made) == 1 and Path(made[0][1]).name == "at_gen.py"
+    assert made[0][2:6] == ["--only", "figure2.7", "--dataset", "celebahq"]
+    assert {"--budget", "smoke", str(tmp_path), str(pictures)} <= set(made[0])
+    assert kept["eps"] == 7 * 8 / 256 and kept["test"].name == "celebahq" and kept["test"].shape == (3, 8, 8)
+    assert list(kept["sets"]) == ["imagenet", "afhq_cat", "noise", "smooth noise", "single colours"]
+    (detector,) = kept["detectors"].values()
+    state = common.read_checkpoint(tmp_path / "at_gen-celebahq" / "f.pt")["f"]
+    assert all(torch.equal(state[key], there) for key, there in detector.net.state_dict().items())
+    assert not detector.net.training and detector.score is od.logit
+    rows = json.loads((tmp_path / "ood_detect-celebahq" / "results.json").read_text())["table3.13"]["rows"]
+    assert {"AUROC imagenet, AT generative model", "worst-case AUROC afhq_cat, AT generative model"} <= {r["quantity"] for r in rows}
+    code, err = outcome(od, *flags, "table3.12")
+    assert code == 2 and "table3.13" in err
+
+
 @pytest.mark.parametrize("flags, says", [
+    (("--only", "table3.13"), "table3.13"),
     (("--augment", "auto"), "--augment"), (("--augment", "flip"), "--augment"), (("--p0", "letters:0"), "--p0"),
     (("--p0", "nothing"), "nothing"), (("--eps", "0"), "--eps"), (("--images", "1"), "--images"), (("--batch", "0"), "--batch"),
     (("--steps-out", "-1"), "--steps-out"), (("--iterations", "1"), "--iterations"), (("--eps-in", "0"), "--eps-in")])
