@@ -5,25 +5,28 @@ Source: Yin 2022, "Generative Modeling With Adversarial Training", section 3.4.
 A softmax classifier learns where one class ends and the next begins. A generative classifier asks for each
 class how well an image fits it, and names the class that it fits best. Here a network d_k with one output
 tells images of class k from those of all other classes, called p0. Meanwhile the latter are attacked: changed
-a little, so that they look like class k to d_k. So d_k learns to be high where images of the class are, and
-low all around them; exp(d_k) is read as the density of class k, up to a factor that nobody knows. Then a walk
-up d_k makes images of the class: of "seeds", draws from the Gaussian with the mean and covariance of the
-class, its samples; of an image of another class a "counterfactual", what it would have to look like.
+a little, so that they look like class k to d_k. Wherever attacks arrive d_k is pressed down, unless images of
+the class hold it up. So it ends high where these are and low around them, and is read as the log of their
+density, up to a constant that nobody knows. (A reading, not a theorem.) A walk up d_k, in no ball, then makes
+images of class k. Begun at "seeds", draws from the Gaussian with the class's mean and covariance, it gives
+samples. Begun at an image of another class it gives a counterfactual: that image, were it of class k.
 
     d_k: logit, HIGH = like class k. Pixels are in [0, 1]; lengths are l_2 over a whole image.
     (3.39)  maximise E_k[log sigma(d_k(x))] + E_others[min log(1 - sigma(d_k(x')))], sigma the logistic
             function, the minimum over x' in the ball of radius --eps-out around x
     (3.45)  the same, with images of class k attacked too, downwards, in a ball of radius --eps-in
-    (3.43)  g(x) = the k with the largest d_k(x) + c_k: Bayes' rule (3.42) for classes that are as frequent;
-            c_k stands for the unknown factors, and is learned by cross-entropy on validation images
+    (3.42)  p(k | x) = exp(d_k(x) + c_k) / sum_j exp(d_j(x) + c_j): Bayes' rule for equally frequent classes
+    (3.43)  g(x) = the k with the largest d_k(x) + c_k; c_k, minus the log of d_k's unknown factor, makes the
+            d_k comparable, each trained alone; learned by cross-entropy of (3.42) on validation images
     (3.46)  attack on a softmax classifier: up the cross-entropy of the label
-    (3.47)  attack on d: up d_k, for each k but the label; (3.48) of these images that with the largest d_k
+    (3.47)  attack on d: up d_k, once for each k but the label; (3.48) of these images the one whose
+            d_k + c_k is largest
 
-The source attacks its classifier by (3.48), the other by (3.46), and compares. But (3.48) leaves d of the
-label alone. So here both are tried by the same four attacks too, all PGD (projected gradient descent: steps
-along a gradient, kept inside a ball) that starts at the image: (3.46), down the margin (the label's output
-minus the largest other one), and, for each other class k, (3.47) and down d_y - d_k. "Worst": an image counts
-as broken if it was misread before, or at any step of any attack.
+The source attacks its classifier by (3.48), the other by (3.46), and compares. But (3.48) never lowers the d
+of the label. So here both classifiers also meet the same four attacks, all PGD (projected gradient descent:
+steps along a gradient, kept inside a ball) from the image itself: (3.46); down the margin, the label's output
+minus the largest other one; for each other class k, (3.47); and for each, down d_y - d_k. "Worst": an image
+is broken if it was misread before, at any step of the four, or after the source's attack.
 
 Commands (two cores; all numbers: results/gen_classify.md):
     python gen_classify.py                       rendered digits: attacks, counterfactuals, calibration
@@ -31,10 +34,10 @@ Commands (two cores; all numbers: results/gen_classify.md):
     python gen_classify.py --dataset cifar10     a GPU; --budget paper: the published settings
 The log. loss: of one d_k, mean over k. inside, outside: mean d_k of its class, and of attacked others.
 
-Differs: networks are the last ones, not the best ones on test images; c is learned on validation images, to
-the end (--calibrate test: on those on which the source stops early). The softmax classifier is trained here.
-BatchNorm, where a d_k has any, keeps its initial statistics ("frozen"): mean 0, variance 1. Whether the
-source's d_k are trained by (3.39) or (3.45) it does not say: (3.39) here.
+Differs: networks are the last ones, not the best ones on test images. The source learns c on training images
+and stops where test images are read best; here c is learned on validation images, to the end (--calibrate
+test: on test images). The softmax classifier is trained here. BatchNorm in a d_k stays at mean 0, variance 1:
+attack and update see one function. Whether the source's d_k are of (3.39) or (3.45) it does not say: (3.39).
 """
 import math
 from dataclasses import replace
@@ -44,7 +47,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 
 import common
 from common import Training, UserError, fast_precision, input_gradient, once, repeat
@@ -65,7 +68,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     weight_decay=(1e-4, "of SGD"),
     eps_out=(1.5, 1.5, 0.3, 0.3, "radius of attacks on other classes in training"),
     eps_in=(0.0, "radius of attacks on the class itself; 0: Eq. 3.39, else 3.45"),
-    steps=(10, "PGD steps of both, each a fifth of the radius long"),
+    steps=(10, "PGD steps of either, each a fifth of the radius long"),
     soft_net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet50", "network of the softmax classifier"),
     soft_width=(0.75, 0.75, 0.75, 1.0, "multiplies its channels"),
     soft_updates=(200, 1500, 4000, 60_000, "its updates"),
@@ -100,10 +103,10 @@ class Detectors(nn.Module):
 class Generative(nn.Module):
     """The generative classifier (3.43): d(x) + c for images [n, C, S, S] -> [n, K]; the largest wins."""
 
-    def __init__(self, d, c=None):
+    def __init__(self, d, c):
         super().__init__()
         self.d = d
-        self.register_buffer("c", torch.zeros(d.K) if c is None else c)
+        self.register_buffer("c", c)
 
     def forward(self, x):
         return self.d(x) + self.c
@@ -146,7 +149,8 @@ def entropy_attack(z, y, k):
 
 def margin_attack(z, y, k):
     """The label's output minus the largest other one: below 0, once the image is misread."""
-    return own_logit(z, y) - z.scatter(1, y[:, None], -math.inf).amax(1)
+    others = z.scatter(1, y[:, None], -math.inf)
+    return own_logit(z, y) - others.amax(1)
 
 def class_attack(z, y, k):
     """(3.47): up the output of class k, whatever the label's does."""
@@ -182,6 +186,11 @@ def attack(net, x0, y, k, loss, a):
     x, misread = repeat(test_step, (x0, none), a.steps, net, x0, y, k, loss, a)
     return x, misread | (net(x).argmax(1) != y)
 
+def in_parts(run, make, x, y):
+    """make(x, y) of images [n, C, S, S] and classes [n], a part after the other: memory holds run.chunk."""
+    pairs = zip(x.split(run.chunk), y.split(run.chunk))
+    return torch.cat([make(part, classes) for part, classes in pairs])
+
 def unbroken(run, net, x, y, K, still, loss, each, a):
     """Those of `still` [n] that no step of an attack misreads; each: one run for each class but y."""
     still = still.clone()
@@ -189,12 +198,13 @@ def unbroken(run, net, x, y, K, still, loss, each, a):
         for index in still.nonzero()[:, 0].split(run.chunk):
             if len(index):
                 label = y[index]
-                _, misread = attack(net, x[index], label, (label + i) % K, loss, a)
+                k = (label + i) % K
+                _, misread = attack(net, x[index], label, k, loss, a)
                 still[index] = ~misread
     return still
 
 def likest_images(net, x, y, a):
-    """(3.48): (3.47) makes images of x [n, C, S, S] for each class but y; of them that with the best d."""
+    """(3.48): (3.47) makes of images x [n, C, S, S] one for each class but y; of them the best by d + c."""
     x0 = x.expand(net.d.K, *x.shape)
     made = repeat(training_step, x0, a.steps, net.d, x0, a, -1)  # for all classes at once
     n = torch.arange(len(x), device=x.device)
@@ -205,18 +215,14 @@ def likest_images(net, x, y, a):
 @torch.no_grad()
 def source_attack(run, net, x, y, a):
     """Images that the source attacks with: the generative classifier by (3.48), the other by (3.46)."""
-    parts = []
-    for x0, label in zip(x.split(run.chunk), y.split(run.chunk)):
-        if isinstance(net, Generative):
-            parts.append(likest_images(net, x0, label, a))
-        else:
-            parts.append(attack(net, x0, label, label, entropy_attack, a)[0])
-    return torch.cat(parts)
+    if isinstance(net, Generative):
+        return in_parts(run, lambda x, y: likest_images(net, x, y, a), x, y)
+    return in_parts(run, lambda x, y: attack(net, x, y, y, entropy_attack, a)[0], x, y)
 
 # --- training -----------------------------------------------------------------------------------------------
 
 def lists_of(images, classes):
-    """For each of these classes k: indices of its images, and of all others, each class as often as any."""
+    """For each class: indices of its images; of all others, each repeated to the largest's number."""
     y = images.y.cpu()
     own = [(y == k).nonzero()[:, 0] for k in y.unique()]
     most = max(map(len, own))
@@ -227,29 +233,23 @@ def lists_of(images, classes):
     return [own[k] for k in classes], others
 
 def mixed(x, how):
-    """MixUp, or CutMix with half of the side, among images of each list: x [K, n, C, S, S] -> the same."""
-    other = x[:, torch.randperm(x.shape[1])]
-    if how == "mixup":
-        share = torch.rand(())  # Beta(1, 1)
-        return share * x + (1 - share) * other
-    half = x.shape[-1] // 2
-    top, left = torch.randint(half + 1, (2,)).tolist()
-    x = x.clone()
-    rows = slice(top, top + half)
-    columns = slice(left, left + half)
-    x[..., rows, columns] = other[..., rows, columns]
-    return x
+    """MixUp or CutMix among the images of each list: x [K, n, C, S, S] -> the same."""
+    kind = v2.MixUp if how == "mixup" else v2.CutMix
+    mix = kind(num_classes=1)  # all images of a list have the same label
+    label = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
+    return torch.stack([mix(images, label)[0] for images in x])
 
 def draw_images(images, lists, batch, seed, t, augment):
     """Batch t of each list of indices, augmented -> [K, batch, C, S, S]."""
     picked = []
     for k, row in enumerate(lists):
-        picked.append(row[common.batch_index(len(row), batch, seed + 100 * k, t)])
+        index = common.batch_index(len(row), batch, seed + 100 * k, t)
+        picked.append(row[index])
     x = images.take(torch.cat(picked))
     if augment in ("crop", "auto"):
         x = common.crop_flip(x, seed + 101 * t, flip=len(x[0]) == 3)
     x = x.unflatten(0, (len(lists), batch))
-    if augment == "auto":  # image i of every list gets one draw: independent, as each d_k sees it
+    if augment == "auto":  # lists share the draw for their image i; within a list draws are independent
         policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
         pixels = (255 * x).round().to(torch.uint8)
         x = torch.stack([policy(pixels[:, i]) for i in range(batch)], 1).float() / 255
@@ -260,11 +260,14 @@ def draw_images(images, lists, batch, seed, t, augment):
 @seeded
 def train_d(run, s, name, train, classes, auxiliary=None):
     """d_k of these classes, all at once, by Eq. 3.39 or 3.45 -> Detectors, frozen. auxiliary: half of p0."""
-    nets = [common.make_net(s.net, 1, train.shape, s.width).to(run.device).eval() for _ in classes]
+    nets = []
+    for _ in classes:
+        net = common.make_net(s.net, 1, train.shape, s.width)
+        nets.append(net.to(run.device).eval())
     d = Detectors(nets)
     optimizer = torch.optim.SGD(d.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * s.updates)])
-    inside, outside = lists_of(train, classes)
+    own, others = lists_of(train, classes)
     out = Radius(s.eps_out, s.steps, s.eps_out / 5)
     into = Radius(s.eps_in, s.steps, s.eps_in / 5)
     made_from = {"d": d, "images": train, "auxiliary": auxiliary}
@@ -272,18 +275,20 @@ def train_d(run, s, name, train, classes, auxiliary=None):
     parts = {"d": d, "optimizer": optimizer, "schedule": schedule}
     training = Training(run, name, made_from, {"loss": 1e4}, **parts)
     for it in training.updates(s.updates):
-        x = draw_images(train, inside, s.batch, run.seed + 50, it - 1, s.augment)  # [K, batch, C, S, S]
-        x_out = draw_images(train, outside, s.batch, run.seed, it - 1, s.augment)
+        x = draw_images(train, own, s.batch, run.seed + 50, it - 1, s.augment)  # [K, batch, C, S, S]
+        x_out = draw_images(train, others, s.batch, run.seed, it - 1, s.augment)
         if auxiliary:
-            half = s.batch // 2
-            index = common.batch_index(len(auxiliary), half * len(nets), run.seed + 7, it - 1)
-            x_out[:, :half] = auxiliary.take(index).unflatten(0, (len(nets), half))
-        x_out = repeat(training_step, x_out, s.steps, d, x_out, out, -1)
+            whole = [torch.arange(len(auxiliary))] * len(nets)
+            half = draw_images(auxiliary, whole, s.batch // 2, run.seed + 7, it - 1, s.augment)
+            x_out[:, : s.batch // 2] = half
+        x_out = repeat(training_step, x_out, s.steps, d, x_out, out, -1)  # -1: up d_k
         if s.eps_in:
             x = repeat(training_step, x, s.steps, d, x, into, 1)
         with fast_precision(run.device):
             z, z_out = d(torch.cat([x, x_out], 1)).float().chunk(2, 1)  # [K, batch]
-        loss = (F.softplus(-z).mean(1) + F.softplus(z_out).mean(1)) / 2
+        inside = F.softplus(-z).mean(1)  # -log sigma(z)
+        outside = F.softplus(z_out).mean(1)  # -log(1 - sigma(z_out))
+        loss = (inside + outside) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()  # not the mean: each d_k gets the gradient that it would get alone
         optimizer.step()
@@ -300,7 +305,7 @@ def adversary(net, x, y, a):
     return x
 
 def calibrate(d, images):
-    """c of Eq. 3.43 by cross-entropy of softmax(d + c) on these images: convex in K numbers -> [K]."""
+    """c of (3.43), by the cross-entropy of (3.42) on these images, which is convex -> [K], of mean 0."""
     z = logits_of(d, images.take(slice(None)))
     c = torch.zeros(d.K, device=z.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([c], max_iter=100, line_search_fn="strong_wolfe")
@@ -319,19 +324,15 @@ def calibrate(d, images):
 def class_seeds(images, k, n):
     """n draws from the Gaussian of class k's images [n, C, S, S], clipped to [0, 1]."""
     x = images.take((images.y == k).nonzero()[:, 0]).flatten(1).double()
-    cov = torch.cov(x.T) + 1e-4 * torch.eye(x.shape[1], device=x.device)
-    gaussian = torch.distributions.MultivariateNormal(x.mean(0), cov)
+    ridge = 1e-4 * torch.eye(x.shape[1], device=x.device)
+    gaussian = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T) + ridge)
     x = gaussian.sample((n,)).float().clamp(0, 1)
     return x.unflatten(1, images.shape)
 
 def make_like(run, net, x, k, steps, step):
-    """Images [n, C, S, S] made more like classes k [n] by so many steps of this length, in no ball."""
+    """Images [n, C, S, S] made more like classes k [n]: steps of this length up their outputs, in no ball."""
     a = Radius(1e6, steps, step)
-    parts = []
-    for part_x, part_k in zip(x.split(run.chunk), k.split(run.chunk)):
-        made, _ = attack(net, part_x, part_k, part_k, class_attack, a)
-        parts.append(made)
-    return torch.cat(parts)
+    return in_parts(run, lambda x, k: attack(net, x, k, k, class_attack, a)[0], x, k)
 
 def integrated_gradients(net, x, k, steps=100):
     """Each pixel's share of output k(x) - k(black): images [n, C, S, S], classes [n] -> the same shape.
@@ -340,7 +341,8 @@ def integrated_gradients(net, x, k, steps=100):
     """
     total = torch.zeros_like(x)
     for i in range(steps):
-        total += input_gradient(lambda x: own_logit(net(x), k), x * (i + 0.5) / steps)
+        between = x * (i + 0.5) / steps
+        total += input_gradient(lambda x: own_logit(net(x), k), between)
     return x * total / steps
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -384,7 +386,7 @@ def natural(net, x, y):
 def table_3_14(run, s, test, nets, K):
     """Natural and robust accuracy of both classifiers under the same attacks.
 
-    The source's attack: where (3.46) ends, or (3.48). AUROC: does a low largest output tell its images?
+    AUROC: are images after the source's attack told from clean ones by a lower largest output? .5: not.
     """
     x, y = test.some(s.images)
     a = test_attack(s, s.eps)
@@ -477,27 +479,21 @@ def figure_3_9(run, s, test, nets, K):
 def figure_3_10(run, s, test, nets):
     """Integrated gradients of the label's output: which pixels speak for the class."""
     x, y = test.some(10)
-    pictures, rows = {"test images": x}, []
-    black = torch.zeros_like(x)
+    pictures = {"test images": x}
     for name, net in nets.items():
         shares = integrated_gradients(net, x, y)
         most = shares.abs().amax((1, 2, 3), True).clamp(min=1e-12)
         pictures[f"{name}: black against, white for"] = 0.5 + shares / most / 2
-        with torch.no_grad():
-            whole = own_logit(net(x), y) - own_logit(net(black), y)
-        error = (shares.flatten(1).sum(1) - whole).abs().max().item()
-        rows.append(value(f"largest error of the sum of shares, {name}", error, n=len(x)))
     run.pictures("figure3.10", pictures, 10)
-    return rows
+    return []
 
 def table_3_16(train, test, d, c):
     """Accuracy without and with the calibration constants."""
     rows = []
     for title, images in (("train", train), ("test", test)):
         x, y = images.some(10_000)
-        for name, constants in (("before", None), ("after", c)):
-            net = Generative(d, constants).to(x.device)
-            right = natural(net, x, y)
+        for name, constants in (("before", 0 * c), ("after", c)):
+            right = natural(Generative(d, constants), x, y)
             rows.append(rate(f"{title} acc, {name} calibration", right))
     return rows
 
@@ -511,7 +507,8 @@ def figure_3_11(run, test, d):
     z = logits_of(d, x)
     panels, rows = {}, []
     for k in range(3):
-        own, others = z[y == k, k], z[y != k, k]
+        own = z[y == k, k]
+        others = z[y != k, k]
         panels[f"d_{k + 1}"] = {"its class": own, "others": others}
         rows.append(value(f"AUROC of d_{k + 1}, clean", auroc(own, others), n=len(own)))
     run.histograms("figure3.11", panels)
@@ -523,12 +520,8 @@ def effect(run, s, train, test, name, title, **beside):
     d = train_d(run, replace(s, updates=s.ablation), name, train, classes)
     inside, outside = lists_of(test, classes)
     n = min(s.few, *map(len, inside))
-    x, x_out = [], []
-    for own, others in zip(inside, outside):
-        x.append(test.take(own[:n]))
-        some = common.shuffled(len(others), 3)[:n]
-        x_out.append(test.take(others[some]))
-    x, x_out = torch.stack(x), torch.stack(x_out)
+    x = draw_images(test, inside, n, 3, 0, "none")  # [3, n, C, S, S]
+    x_out = draw_images(test, outside, n, 4, 0, "none")
     a = test_attack(s, s.eps)
     rows = []
     beside["parameters"] = sum(part.numel() for part in d.parameters()) // len(classes)  # of one d_k
@@ -582,8 +575,16 @@ def figure_3_15(run, s, train, test):
 
 EXPERIMENTS = common.experiments(
     headline=[table_3_14, figure_3_7, figure_3_9, table_3_16, figure_3_11],
-    others=[table_3_15, table_3_17, figure_3_8, figure_3_10]
-    + [figure_3_12, figure_3_13, figure_3_14, figure_3_15],
+    others=[
+        table_3_15,
+        table_3_17,
+        figure_3_8,
+        figure_3_10,
+        figure_3_12,
+        figure_3_13,
+        figure_3_14,
+        figure_3_15,
+    ],
 )
 
 # --- command line -------------------------------------------------------------------------------------------
