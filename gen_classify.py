@@ -305,7 +305,7 @@ def adversary(net, x, y, a):
     return x
 
 def calibrate(d, images):
-    """c of (3.43), by the cross-entropy of (3.42) on these images, which is convex -> [K], of mean 0."""
+    """c of (3.43), by the cross-entropy of (3.42) on these images, which is convex -> [K]."""
     z = logits_of(d, images.take(slice(None)))
     c = torch.zeros(d.K, device=z.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([c], max_iter=100, line_search_fn="strong_wolfe")
@@ -316,8 +316,7 @@ def calibrate(d, images):
         loss.backward()
         return loss
     optimizer.step(closure)
-    c = c.detach()
-    return c - c.mean()  # softmax sees differences alone
+    return c.detach()  # of mean 0, as at the start: softmax sees differences alone
 
 # --- what a person can see ----------------------------------------------------------------------------------
 

@@ -88,6 +88,8 @@ def test_a_step_down_by_hand():
     assert gc.down(x0, gradient, x0, gc.Radius(0.05, 1, 0.1)).flatten().tolist() == pytest.approx([0.47, 0.54])
     assert gc.down(x0, gradient, x0, gc.Radius(9.0, 1, 9.0)).flatten().tolist() == [0, 1]
     assert torch.equal(gc.down(x0, 0 * gradient, x0, gc.Radius(9.0, 1, 0.1)), x0)
+    both = torch.cat([gradient, 100 * gradient])  # each image has its own length
+    assert torch.allclose(gc.down(x0.repeat(2, 1, 1, 1), both, x0, gc.Radius(9.0, 1, 0.1))[1].flatten(), torch.tensor([0.44, 0.58]))
 
 
 def test_an_image_is_broken_if_any_step_misread_it():
@@ -103,6 +105,13 @@ def test_an_image_is_broken_if_any_step_misread_it():
     _, misread = gc.attack(net, x[:1], y[:1], k[:1], there_and_back, gc.Radius(9.0, 2, 0.1))
     end, _ = gc.attack(net, x[:1], y[:1], k[:1], there_and_back, gc.Radius(9.0, 2, 0.1))
     assert net(end).argmax(1).item() == 0 and misread.item()  # read rightly in the end, but not on the way
+
+    def back(z, y, k):  # up the margin: an image that was misread is soon read rightly
+        return -gc.margin_attack(z, y, k)
+    end, misread = gc.attack(net, x[2:], y[2:], k[2:], back, gc.Radius(9.0, 6, 0.1))
+    assert net(end).argmax(1).item() == 0 and misread.item()  # misread at first
+    _, misread = gc.attack(net, x[:1], y[:1], k[:1], gc.margin_attack, gc.Radius(9.0, 1, 0.1))
+    assert misread.item()  # misread at the end alone
     with pytest.raises(ValueError):
         gc.attack(net, x + 1, y, k, gc.class_attack, gc.Radius(9.0, 1, 0.1))
 
@@ -284,6 +293,32 @@ def test_augmentations(how):
     if how in ("mixup", "cutmix"):  # nothing comes from another list
         flat = torch.stack([torch.full((4, 3, 32, 32), level) for level in (0.1, 0.5, 0.9)])
         assert torch.allclose(gc.mixed(flat, how), flat)
+        levels = torch.tensor([0.0, 0.3, 1.0])
+        x = gc.mixed(levels[None, :, None, None, None].expand(2, 3, 3, 32, 32), how).flatten(2)
+        kinds = [len(image.unique()) for image in x.flatten(0, 1)]
+        if how == "mixup":  # images of one level each, between two of the old
+            assert set(kinds) == {1} and not torch.isin(x, levels).all()
+        else:  # a rectangle of another image
+            assert set(kinds) <= {1, 2} and 2 in kinds and torch.isin(x, levels).all()
+
+
+def test_auto_augment_gives_each_image_of_a_list_its_own_draw(monkeypatch):
+    drawn = []
+
+    class Negative:
+        def __init__(self, policy):
+            assert policy is gc.AutoAugmentPolicy.CIFAR10
+
+        def __call__(self, x):
+            assert x.dtype == torch.uint8
+            drawn.append(x.shape)
+            return 255 - x
+    monkeypatch.setattr(gc, "AutoAugment", Negative)
+    images = some_images(shape=(3, 32, 32))
+    lists, _ = gc.lists_of(images, range(3))
+    cropped = gc.draw_images(images, lists, 4, 0, 0, "crop")
+    assert torch.allclose(gc.draw_images(images, lists, 4, 0, 0, "auto"), 1 - cropped, atol=1e-6)
+    assert drawn == 4 * [(3, 3, 32, 32)]
 
 
 def test_the_adversary_attacks_in_eval_mode_and_restores_it(monkeypatch):
@@ -436,6 +471,8 @@ def test_an_ablation_attacks_both_sides(run, monkeypatch):
         x_out = test.take(others[k][common.batch_index(len(others[k]), 5, 4 + 100 * k, 0)])
         areas.append(gc.auroc(d(x)[:, k], d(x_out)[:, k]))
     assert clean["value"] == pytest.approx(sum(areas) / 3) and attacked["value"] < clean["value"]
+    (one, *_) = [common.make_net("mnist_cnn", 1, SHAPE, 0.05)]
+    assert clean["parameters"] == attacked["parameters"] == sum(p.numel() for p in one.parameters())
 
 
 def test_ablations_change_what_they_say(run, monkeypatch):
