@@ -28,7 +28,7 @@ p0.
 
 Commands (two cores; all numbers: results/at_gen.md):
     python at_gen.py                          7 min: FD-cls of samples 16, of p0 133, of held-out data 1.5
-    python at_gen.py --dataset mnist          10 min: 11, 57 and 1.5
+    python at_gen.py --dataset mnist          17 min of one core: 13, 57 and 1.5
     python at_gen.py --only figure2.5         9 min after the first command: progressive K against fixed K
     python at_gen.py --dataset cifar10        a GPU; --budget paper: Tab. 2.3, 2.4 (FID of the source 13.2)
 

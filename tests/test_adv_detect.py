@@ -1,5 +1,6 @@
 """adv_detect.py: joined detectors, losses by hand, attacks, one update by hand, what tables and figures ask for."""
 import copy
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -272,6 +273,19 @@ def test_apgd_finds_the_optimum_that_fixed_steps_miss(exact):
     assert ((fixed - target).square().sum((-3, -2, -1)) > 10 * least).all()
     x = ad.apgd(lambda x: x.sum((-3, -2, -1)), x0, Steps("inf", 0.2, 5, 0), x0)
     assert torch.allclose(x, x0 - 0.2)
+
+
+def test_apgd_treats_each_image_alone(exact):
+    """Halving of steps, and the way back to the best image, where images get stuck at different times."""
+    x0 = torch.full((1, 3, 1, 3, 3), 0.5)
+    target = 0.5 + torch.tensor([0.01, 0.1, 0.19]).view(1, 3, 1, 1, 1) * torch.rand(1, 3, 1, 3, 3)
+
+    def loss(x, target):
+        return ((x - target).abs() ** 1.5).sum((-3, -2, -1))
+    together = ad.apgd(loss, x0, Steps("inf", 0.2, 30, 0), x0, target)
+    for i in range(3):
+        alone = ad.apgd(loss, x0[:, i : i + 1], Steps("inf", 0.2, 30, 0), x0[:, i : i + 1], target[:, i : i + 1])
+        assert torch.allclose(together[:, i : i + 1], alone, atol=1e-6)
 
 
 def test_apgd_returns_its_best_image_not_its_last(exact):
@@ -696,6 +710,7 @@ def test_untuned_attacks(two_models):
     assert [(q.method, q.loss) for q in m.asked[::2]] == [
         (minimise, logit_loss), (ad.apgd, logit_loss), (minimise, ad.softmax_loss)]
     assert [q.name for q in m.asked] == 3 * list(m.pairs) and all(q.a == m.pairs[q.name].check for q in m.asked)
+    assert {q.n for q in m.asked} == {40}
     for q in m.asked[:4]:
         assert q.fast.dtype == torch.float32 and torch.equal(q.fast.net.weight, m.pairs[q.name].H.weight)
     assert all(q.fast is f for q in m.asked[4:])
@@ -743,6 +758,10 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
         (f"{what}, {name}", pytest.approx(v)) for name in "AB"
         for what, v in (("mean l_2 of the smallest perturbation", 2.0), ("FPR", share))]
     assert rows[1]["n"] == 30 and "interval" in rows[1]
+    colours, asked = some_images(400, shape=(3, 28, 28)), []
+    monkeypatch.setattr(ad, "smallest_perturbation", lambda model, T, a, c_max, x0, y: asked.append(c_max) or torch.ones(y.shape))
+    ad.table_3_6(run, s, {"A": models[0]}, colours, {"table3.6": Steps("2", 1000, 500, 0.1)})
+    assert set(asked) == {65025.0}                                              # 255 squared
 
 
 # --- figures ---
@@ -813,11 +832,23 @@ def test_targeted_images(tmp_path, monkeypatch):
     assert (H(generative) > H(start)).all() and (generative - start).abs().max() <= 0.2001
     for k in range(10):                                                         # its own target, each
         assert (robust(softmax[k])[:, k] > robust(start[k])[:, k]).all()
+    asked = []
+
+    def attack(loss, x0, a, start, net):                                        # class k, or class 0, for all
+        asked.append((loss, x0, start))
+        k = torch.arange(10) if loss is logit_loss else torch.zeros(10)
+        made = start.clone()
+        made[:, :, 0, 0, 0] = (k[:, None] + 0.5) / 10
+        return made
+    monkeypatch.setattr(ad, "minimise", attack)
+    rows = ad.towards(run, "figure3.3", f, robust, models, x, Steps("inf", 0.2, 5, 0.1))
+    assert [row["value"] for row in rows] == [0.1, 1.0, 0.1] and all(x0 is x and start is x for _, x0, start in asked)
 
 
 def test_figures_3_3_and_3_6_hand_over_their_images(monkeypatch):
     images, handed = some_images(400), []
     images.x[images.y == 2] //= 4                                               # class 2 is dark
+    images.x[images.y == 4, 0, 3, 3] = images.x[images.y == 4, 0, 9, 9]         # two pixels of class 4 are alike
     monkeypatch.setattr(ad, "towards", lambda *a: handed.append(a) or [])
     source = {"figure3.3": "a", "figure3.6": "b"}
     ad.figure_3_3("run", "f", "robust", "models", images, source)
@@ -835,6 +866,17 @@ def test_figures_3_3_and_3_6_hand_over_their_images(monkeypatch):
     own, spread = images.take(rows_of(images, True)[0]), seeds[0].flatten(1).std(0).mean()
     assert spread == pytest.approx(own.flatten(1).std(0).mean().item(), rel=0.25)  # the class' covariance
     assert len(seeds.flatten(0, 1).flatten(1).unique(dim=0)) == 200
+    assert torch.corrcoef(seeds[4, :, 0, [3, 9], [3, 9]].T)[0, 1] > 0.9 > torch.corrcoef(seeds[5, :, 0, [3, 9], [3, 9]].T)[0, 1]
+
+
+def test_experiments_get_what_they_should():
+    """Test images and f, but for figure 3.6, which fits Gaussians to training images."""
+    asked = {name: set(inspect.signature(e.function).parameters) - {"run", "s", "setups", "source"} for name, e in ad.EXPERIMENTS.items()}
+    assert asked == {
+        "table3.1": {"models"}, "table3.2": {"pairs", "test"}, "table3.3": {"pairs", "test"}, "table3.4": {"pairs", "test"},
+        "table3.5": {"pairs", "test"}, "table3.6": {"models", "test"}, "table3.7": {"pairs", "test"},
+        "figure3.2": {"f", "models", "test"}, "figure3.3": {"f", "robust", "models", "test"},
+        "figure3.6": {"f", "robust", "models", "train"}, "untuned": {"f", "pairs", "test"}}
 
 
 # --- the script ---
@@ -879,7 +921,7 @@ def test_main_hands_over_what_it_should(tmp_path, monkeypatch):
     assert torch.equal(have["test"].x, test.x[order]) and torch.equal(have["test"].y, test.y[order])
     (name, options), (other, against) = made.classifiers
     assert (name, other) == ("f", "robust") and "adversary" not in options and options["data"] is train
-    assert options["iterations"] == 400 and against["iterations"] == 4000 and against["data"] is train
+    assert options["batch"] == against["batch"] == 32 and options["iterations"] == 400 and against["iterations"] == 4000 and against["data"] is train
     a = Steps("inf", 0.3, 10, 0.04, False)
     assert against["adversary"].func is ad.against and against["adversary"].keywords == {"a": a} and against["made_from"] == {"attack": a}
     assert against["build"]().head.out_features == 10 and build(1).head.out_features == 1

@@ -377,8 +377,11 @@ def test_table_3_14_joins_the_attacks_image_by_image(run, monkeypatch, nets):
     test = some_images()
     x, y = test.some(6)
     for name, net in nets.items():  # labels that both read rightly, but for the first image
-        monkeypatch.setattr(type(net), "forward", lambda self, x, y=y: F.one_hot(y[: len(x)], 10).float())
-    monkeypatch.setattr(gc, "natural", lambda net, x, y: torch.tensor([False] + [True] * (len(x) - 1)))
+        monkeypatch.setattr(type(net), "forward", lambda self, x, y=y: F.one_hot(y[: len(x)], 10) * (2 - x.amax()))
+
+    def natural(net, x, y):  # the source's attack, which adds 1, breaks the last image
+        return torch.tensor([False] + [True] * (len(x) - 2) + [x.min().item() < 1])
+    monkeypatch.setattr(gc, "natural", natural)
     broken = {loss: torch.arange(6) == i + 1 for i, (loss, _) in enumerate(gc.ATTACKS.values())}
     calls = []
 
@@ -387,15 +390,16 @@ def test_table_3_14_joins_the_attacks_image_by_image(run, monkeypatch, nets):
         calls.append((net, K, each, a))
         return still & ~broken[loss]
     monkeypatch.setattr(gc, "unbroken", unbroken)
-    monkeypatch.setattr(gc, "source_attack", lambda run, net, x, y, a: x)
+    monkeypatch.setattr(gc, "source_attack", lambda run, net, x, y, a: x + 1)
     s = replace(SMOKE, images=6, eps=2.0, test_steps=5)
     rows = {row["quantity"]: row["value"] for row in gc.table_3_14(run, s, test, nets, 10)}
     for name, net in nets.items():
         assert rows[f"natural acc, {name}"] == pytest.approx(5 / 6)
         for title in gc.ATTACKS:
             assert rows[f"robust acc, {name}, {title}"] == pytest.approx(4 / 6)
-        assert rows[f"robust acc, {name}, worst"] == pytest.approx(1 / 6)  # one image is left by all four
-        assert rows[f"AUROC of the largest output, {name}"] == 0.5
+        assert rows[f"robust acc, {name}, source's attack"] == pytest.approx(4 / 6)
+        assert rows[f"robust acc, {name}, worst"] == 0  # one image is left by the four, and falls to the source's
+        assert rows[f"AUROC of the largest output, {name}"] == 1  # clean ones are higher
     assert [call[0] for call in calls] == [nets["generative"]] * 4 + [nets["softmax"]] * 4
     assert {call[1:] for call in calls} == {(10, each, gc.Radius(2.0, 5, 0.2)) for each in (False, True)}
 
@@ -431,8 +435,19 @@ def test_counterfactuals_are_judged_by_the_other(run, monkeypatch, nets):
     (first, white, k), (second, whiter, _) = judged
     assert first is nets["softmax"] and not white and second is nets["generative"] and whiter
     assert k.tolist() == list(range(10)) * 5 and set(run.shown["figure3.9"]) == {"test images", *nets}
+    shown = run.shown["figure3.9"]
+    assert shown["softmax"].min() == 1 > shown["generative"].min()  # what each made
+    drawn = []
+    monkeypatch.setattr(gc, "class_seeds", lambda images, k, n: drawn.append(k) or torch.rand(n, *SHAPE))
     gc.figure_3_8(run, SMOKE, some_images(200), nets, 10)
-    assert judged[-1][2].tolist() == [k for k in range(10) for _ in range(4)]
+    assert judged[-1][2].tolist() == [k for k in range(10) for _ in range(4)] and drawn == list(range(10))
+
+
+def test_more_like_a_class_in_no_ball(run):
+    net, x = Linear(torch.randn(3, 784)), torch.full((2, *SHAPE), 0.5)
+    k = torch.tensor([0, 2])
+    made = gc.make_like(run, net, x, k, 3, 1.0)
+    assert gc.length(made - x).min() > 2 and (gc.own_logit(net(made), k) > gc.own_logit(net(x), k)).all()
 
 
 def test_table_3_15(run, monkeypatch, nets):
