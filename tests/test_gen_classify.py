@@ -486,6 +486,15 @@ def test_an_ablation_attacks_both_sides(run, monkeypatch):
         x_out = test.take(others[k][common.batch_index(len(others[k]), 5, 4 + 100 * k, 0)])
         areas.append(gc.auroc(d(x)[:, k], d(x_out)[:, k]))
     assert clean["value"] == pytest.approx(sum(areas) / 3) and attacked["value"] < clean["value"]
+    sides, real = [], gc.repeat
+
+    def repeat(step, x, steps, net, x0, a, sign):
+        sides.append((steps, a, sign))
+        return real(step, x, steps, net, x0, a, sign)
+    monkeypatch.setattr(gc, "repeat", repeat)
+    gc.effect(run, s, train, test, "name", "title")
+    a = gc.Radius(0.5, 4, 0.05)  # the data down, the others up
+    assert sides == [(0, a, 1), (0, a, -1), (4, a, 1), (4, a, -1)]
     (one, *_) = [common.make_net("mnist_cnn", 1, SHAPE, 0.05)]
     assert clean["parameters"] == attacked["parameters"] == sum(p.numel() for p in one.parameters())
 
