@@ -869,6 +869,9 @@ def test_the_defences_are_made_of_the_energy_g_and_f(wired):
     assert chain.func is fixer.langevin and chain.keywords["tau"] == 0.02 and chain.keywords["T"] == 3e-4
     soft = have.midrun.soft_chain
     assert soft.func is fixer.soft_langevin and {k: v for k, v in soft.keywords.items() if k != "smooth"} == chain.keywords
+    x, V = torch.rand(2, 1, 28, 28), chain.keywords["V"]
+    smooth = common.smoothed(V, 20.0)(x).float()
+    assert (soft.keywords["smooth"](x) - smooth).abs().max() < 0.2 * (V(x).float() - smooth).abs().max()  # but for rounding
     assert (have.midrun.K, have.midrun.chunk, have.midrun.f) == (4, 9, have.f) and have.f is trained["f"]["net"]
     G = trained["fixer"]["net"]
     assert have.G is G and [*have.through.f] == [G, have.f]
@@ -877,6 +880,14 @@ def test_the_defences_are_made_of_the_energy_g_and_f(wired):
     assert have.around.chain.keywords == {"chain": chain, "G": G}
     assert have.other is trained["other"]["net"] and have.other is not have.f
     assert isinstance(have.other, common.ResNet) and isinstance(have.f, common.SmallCNN)
+
+
+def test_the_loss_network_is_vgg_where_its_weights_are_at_hand(wired, monkeypatch):
+    monkeypatch.setattr(common, "weights_at_hand", lambda name, folder: name)
+    monkeypatch.setattr(fixer, "make_perceptual", lambda *given: given)
+    have, _ = wired("--f-width", 2)
+    assert have.perceptual == ("vgg16-397923af.pth", have.f, torch.device("cpu"))
+    assert have.f.head.in_features == 128  # --f-width
 
 
 def test_both_phases_are_made_from_the_defence_s_own_chains(wired):
@@ -901,7 +912,7 @@ def test_f_is_the_classifier_that_other_scripts_share(wired):
     f, other = trained["f"], trained["other"]
     assert f["shared"] and f["iterations"] == other["iterations"] == 7 and f["augment"] == "none" and f["sgd"] == 0
     assert "shared" not in other and "batch" not in f
-    assert len(f["data"]) == 10_000
+    assert f["data"] is other["data"] and torch.equal(f["data"].x, common.load_images("glyphs").x)
 
 
 def test_attacked_and_natural_images_are_of_the_test_split(wired):

@@ -526,16 +526,18 @@ def test_main_keeps_the_splits_apart(tmp_path, monkeypatch, calibrate):
     made, asked = {}, {}
     d = small_d(10)
     monkeypatch.setattr(gc, "train_d", lambda run, s, name, train, classes, extra: asked.update(d=train, classes=list(classes), extra=extra) or d)
-    monkeypatch.setattr(gc, "calibrate", lambda d, images: asked.update(c=images) or torch.zeros(10))
-    monkeypatch.setattr(common, "train_classifier", lambda run, name, build, train, *a, **b: asked.update(softmax=train, adversary=b["adversary"]) or name)
+    monkeypatch.setattr(gc, "calibrate", lambda d, images: asked.update(c=images) or torch.ones(10))
+    monkeypatch.setattr(common, "train_classifier", lambda run, name, build, train, *a, **b: asked.update(softmax=train, given=a, **b) or name)
     monkeypatch.setattr(common.Run, "experiments", lambda self, registry, **have: made.update(have))
-    gc.main(["--out", str(tmp_path), "--device", "cpu", "--calibrate", calibrate, "--auxiliary", "letters"])
+    gc.main(["--out", str(tmp_path), "--device", "cpu", "--calibrate", calibrate, "--auxiliary", "letters",
+             "--soft-eps", "0.7", "--soft-updates", "9", "--soft-batch", "5"])
     nets = made["nets"]()
     assert isinstance(nets["generative"], gc.Generative) and nets["softmax"] == "softmax"
     assert len(made["test"]) == 2000 and asked["classes"] == list(range(10)) and asked["extra"].name == "letters"
     assert asked["d"] is asked["softmax"] is made["train"]
-    s = gc.SETTINGS["glyphs", "quick"]
-    assert asked["adversary"].func is gc.adversary and asked["adversary"].keywords["a"] == gc.Radius(s.soft_eps, s.steps, s.soft_eps / 5)
+    assert nets["generative"].c.tolist() == [1] * 10 and asked["given"] == (9, 5)
+    a = gc.Radius(0.7, 10, 0.7 / 5)
+    assert asked["adversary"].func is gc.adversary and asked["adversary"].keywords["a"] == a and asked["made_from"] == {"attack": a}
     if calibrate == "test":
         assert asked["c"] is made["test"]
     else:

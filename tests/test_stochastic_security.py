@@ -598,7 +598,7 @@ def test_the_defence_runs_chains_of_the_energy_as_it_was_trained(exact, tmp_path
     V, f, x = ebm(), classifier(), torch.rand(3, 1, 28, 28)
     s = settings(tau=0.05, temperature=3e-3, k=4)
     defence = ss.defend(SimpleNamespace(chunk=77), s, f, V)
-    assert defence.f is f and (defence.K, defence.chunk) == (4, 77)
+    assert defence.f is f and (defence.K, defence.chunk) == (4, 77) and ss.BETA == 20.0
     assert torch.equal(again(defence.chain, x, 5), again(langevin, x, 5, V, 0.05, 3e-3))
     gradients = []
     for chain in (defence.soft_chain, chains_of(V, 0.05, 3e-3, common.smoothed(V, ss.BETA))[1]):
