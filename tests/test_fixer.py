@@ -474,7 +474,8 @@ def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
     found = fixer.table_5_1(run, s, f, midrun, through, around, x, y, ATTACK)
     rows = rows_of(found)
     assert [(net, steps, ball) for net, steps, ball in transferred] == [(f, 20, BALL), (through.f, 20, BALL)]
-    assert all(any(d is one for one in (midrun, through)) and H == 24 for d, H in predicted) and len(predicted) == 4
+    assert len(predicted) == 4 and all(H == 24 for _, H in predicted)
+    assert all(d is one for (d, _), one in zip(predicted, (midrun, midrun, through, through)))
     for title, worst in (("mid-run", 1), ("Fixer", 0)):
         assert rows[f"natural acc, {title}"] == pytest.approx(5 / 6)
         assert rows[f"robust acc, {title}, worst of these"] == pytest.approx(worst / 6)
@@ -557,6 +558,16 @@ def test_figure_5_3_shows_attacked_purified_fixed(run, monkeypatch):
     assert list(shown) == ["natural", "attacked", "purified", "fixed"] and len(shown["fixed"]) == 8
     for title, value in (("natural", 0.5), ("attacked", 1.0), ("purified", 1.25), ("fixed", 0.625)):
         assert torch.allclose(shown[title], torch.tensor(value), atol=1e-2)
+
+
+def test_figure_5_3_runs_all_steps_and_takes_root_mean_squares(run, monkeypatch):
+    pattern = torch.tensor([0.0, 0.0, 1.0, 3.0]).view(1, 1, 2, 2)
+    through = Defence(Blend(0.5), 3, lambda x, steps: x + steps * pattern / 3)
+    fake_attack(monkeypatch, lambda defence, a: ([1] * 4, [1] * 4))  # adds .5
+    monkeypatch.setattr(fixer, "outputs", lambda net, x: torch.zeros(4, 2) if net == "f" else x)
+    rows = rows_of(fixer.figure_5_3(run, settings(k=3, last=1), "f", "G", through, torch.zeros(4, 1, 2, 2), torch.zeros(4), ATTACK))
+    expected = (pattern + 0.5).square().mean().sqrt().item()
+    assert rows["root mean square of purified - natural"] == pytest.approx(expected)
 
 
 def test_stronger_attacks_are_those_they_are_called(run, monkeypatch):
