@@ -90,8 +90,12 @@ def test_g_is_the_identity_before_training_and_never_clamps(channels, side):
     assert not any(isinstance(m, nn.Upsample) for m in G.modules())
 
 
-def test_its_size():
-    assert sum(p.numel() for p in fixer.Fixer(3, 64).parameters()) == 300_099
+def test_its_size_and_its_start():
+    G = fixer.Fixer(3, 64)
+    assert sum(p.numel() for p in G.parameters()) == 300_099
+    assert [type(layer) for layer in G.body] == [nn.Conv2d, *4 * [common.GBlock], nn.BatchNorm2d, nn.ReLU, nn.Conv2d]
+    assert all(m.bias.abs().max() == 0 for m in G.modules() if isinstance(m, nn.Conv2d))  # Glorot, as everywhere
+    assert G.body[0].weight.std().item() == pytest.approx((2 / (27 + 9 * 64)) ** 0.5, rel=0.1)
 
 
 # --- pairs ---
@@ -126,6 +130,17 @@ def test_pairs_are_kept_and_drawn_anew(run):
     run.seed = 1
     with pytest.raises(UserError, match="seed"):
         purified(run, counted, data, 2)
+    run.folder = run.folder / "another"
+    run.folder.mkdir()
+    assert not torch.equal(purified(run, counted, data, 2), first)  # --seed draws other chains
+
+
+def test_the_order_of_pairs_depends_on_the_seed_and_the_epoch(run, monkeypatch):
+    asked, real = [], common.shuffled
+    monkeypatch.setattr(common, "shuffled", lambda n, seed: asked.append(seed) or real(n, seed))
+    run.seed = 30
+    phase(run)
+    assert [seed for seed in asked if seed > 29] == [31, 32]
 
 
 def test_pairs_of_another_energy_tau_temperature_k_or_images_are_refused(run):
@@ -415,6 +430,30 @@ def test_the_same_chains_meet_every_network(run):
     torch.manual_seed(5)
     second = fixer.same_chains(run, dataclasses.replace(flat, f=nn.Sequential(nn.Identity(), nn.Flatten())), x, 2)
     assert first.shape == (2, 4, 64) and torch.equal(first, second) and not torch.equal(first[0], first[1])
+
+
+def test_chains_before_g_take_all_their_steps():
+    ends = chain_and_fixer(torch.zeros(2, 1, 4, 4), 3, lambda x, steps: x + steps / 10, Blend(1.0, 0.5))
+    assert torch.allclose(ends, chain_and_fixer(torch.full((2, 1, 4, 4), 0.3), 0, lambda x, steps: x, Blend(1.0, 0.5)), atol=1e-2)
+    assert (ends - chain_and_fixer(torch.zeros(2, 1, 4, 4), 0, lambda x, steps: x, Blend(1.0, 0.5))).abs().min() > 0.2
+
+
+def test_noise_in_place_of_chains_is_drawn_for_each_pixel():
+    x = fixer.noise(torch.zeros(1, 3, 40, 40), 7, 0.5)
+    assert x.std().item() == pytest.approx(0.5, rel=0.05) and (x[0, 0] - x[0, 1]).std() > 0.5
+
+
+def test_comparisons_are_of_the_mean_of_eight_chains_of_the_defence(run, monkeypatch):
+    net, y = nn.Identity(), torch.zeros(5).long()
+    fake_attack(monkeypatch, lambda defence, a: ([1] * 5, [1] * 5))
+
+    def same_chains(run, defence, x, H):
+        assert (defence.f, defence.K, H) == (net, 3, 8)
+        return torch.tensor([[0.0, 1.5]] + 7 * [[1.0, 0.0]])[:, None].expand(8, 5, 2)  # one chain is loud, and wrong
+    monkeypatch.setattr(fixer, "same_chains", same_chains)
+    few = torch.rand(5, 1, 2, 2), y
+    rows = rows_of(fixer.compared(run, settings(), Defence(None, 3, noisy), {"net": net}, few, few[0], y, ATTACK))
+    assert rows["natural acc, net"] == 1
 
 
 # --- tables and figures ---
