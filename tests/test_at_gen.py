@@ -1,4 +1,5 @@
 """at_gen.py: networks, attack, objective, training, metrics, what each experiment asks for, and the script as a whole."""
+import contextlib
 import csv
 import dataclasses
 import json
@@ -98,6 +99,28 @@ def test_residual_block_keeps_a_constant_with_its_scale():
         nn.init.zeros_(convolution.bias)
     x = torch.rand(2, 3, 8, 8)
     assert torch.allclose(block(x), F.avg_pool2d(x, 2) / math.sqrt(2))
+
+
+def test_residual_block_by_hand(exact):
+    block, x = at_gen.ResBlk(3, 5), torch.randn(2, 3, 8, 8)
+    y = F.avg_pool2d(block.conv1(F.leaky_relu(x, 0.2)), 2)
+    y = block.conv2(F.leaky_relu(y, 0.2))
+    assert torch.allclose(block(x), (y + F.avg_pool2d(block.skip(x), 2)) / 2**0.5, atol=1e-6)
+
+
+def test_layers_of_the_networks():
+    leaky = [nn.Conv2d, nn.LeakyReLU]
+    assert [type(layer) for layer in at_gen.PlainCNN(4, 1, 28).body] == 5 * leaky
+    with torch.device("meta"):
+        for side, stem, blocks in ((256, 64, 6), (64, 256, 4), (16, 512, 2)):
+            body = at_gen.ResBlockD(side).body
+            assert body[0].out_channels == stem
+            assert [type(layer) for layer in body] == [
+                nn.Conv2d, *blocks * [at_gen.ResBlk], nn.LeakyReLU, *leaky, nn.Flatten]
+        s = at_gen.SETTINGS["glyphs", "quick"]
+        assert at_gen.build_f(dataclasses.replace(s, width=0.5), (1, 28, 28)).body[0].out_channels == 16
+        narrow = at_gen.build_f(dataclasses.replace(s, net="resnet18", width=0.25), (3, 32, 32))
+        assert narrow.head.in_features == 128
 
 
 def test_plain_network_has_one_logit_and_sees_minus_1_to_1():
@@ -335,6 +358,7 @@ def test_p0_of_the_first_classes():
     few = at_gen.load_p0(args, (1, 28, 28), "letters:4")
     every = load_images("letters")
     assert few.y.unique().tolist() == [0, 1, 2, 3] and torch.equal(few.x, every.x[every.y < 4])
+    assert at_gen.load_p0(args, (1, 28, 28), "letters:4", "test").y.unique().tolist() == [0, 1, 2, 3]
     held_out = at_gen.load_p0(args, (3, 16, 16), "letters", "test")
     assert held_out.x.shape[1:] == (3, 16, 16) and len(held_out) == 2000
 
@@ -344,7 +368,7 @@ def test_seeds_are_of_the_test_split_where_it_is_large_enough():
     pool, index = at_gen.choose_seeds(dataclasses.replace(SMOKE, images=20), p0, p0_test)
     assert pool is p0_test and sorted(index.tolist()) == list(range(20))
     pool, index = at_gen.choose_seeds(dataclasses.replace(SMOKE, images=21), p0, p0_test)
-    assert pool is p0 and len(index.unique()) == 21
+    assert pool is p0 and torch.equal(index, common.shuffled(50, 0)[:21])  # not the first class alone
 
 
 # --- training ---
@@ -444,7 +468,7 @@ def test_the_log_measures_in_every_second_line(tmp_path, monkeypatch, glyphs, le
 
 def test_the_log_shows_logits_and_their_auroc(tmp_path, monkeypatch, exact, glyphs, letters):
     monkeypatch.setattr(at_gen, "build_f", lambda s, shape: smooth_net())
-    run, s = begin(tmp_path, "--k-max", 0, "--iters-per-k", 1, "--batch", 30)
+    run, s = begin(tmp_path, "--k-max", 0, "--iters-per-k", 1, "--batch", 30, "--r1", 10)
     torch.manual_seed(run.seed)
     f = smooth_net()
     _, (row,) = train_f(run, s, "f", glyphs, letters)
@@ -455,7 +479,28 @@ def test_the_log_shows_logits_and_their_auroc(tmp_path, monkeypatch, exact, glyp
     assert math.isclose(row["f_adv"], f_adv.mean().item(), rel_tol=1e-3)
     assert math.isclose(row["loss"], at_loss(f_data, f_adv).item(), rel_tol=1e-3)
     assert math.isclose(row["auc_adv"], (f_data[:, None] > f_adv).float().mean().item(), abs_tol=2e-3)
-    assert row["r1"] > 0
+    x = next(common.batches(glyphs, 30, 0))[0].requires_grad_(True)
+    (slope,) = torch.autograd.grad(f(x).sum(), x)
+    assert math.isclose(row["r1"], slope.square().sum((1, 2, 3)).mean().item() / 2, rel_tol=1e-3)
+
+
+def test_the_log_counts_how_far_attacks_moved(tmp_path, monkeypatch, glyphs, letters):
+    """All pixels by .01, of K * step = 2 * .3; and measuring takes no time of the training."""
+    monkeypatch.setattr(at_gen, "pgd_attack", lambda f, x, steps, *_: x + 0.01 if steps else x)
+    run, s = begin(tmp_path, "--k-min", 2, "--k-max", 2, "--iters-per-k", 1, "--step", 0.3)
+    inside = []
+    real = common.Training.pause
+
+    @contextlib.contextmanager
+    def pause(self):
+        inside.append("pause")
+        with real(self):
+            yield
+        inside.append("go on")
+    monkeypatch.setattr(common.Training, "pause", pause)
+    _, rows = train_f(run, s, "f", glyphs, letters, measure=lambda f: inside.append("measure") or 1.0)
+    assert math.isclose(rows[-1]["moved"], 0.28 / 0.6, rel_tol=1e-3)
+    assert inside == ["pause", "measure", "go on"]
 
 
 def test_attack_and_update_see_the_same_function(tmp_path, write_npz):
@@ -508,7 +553,7 @@ def test_finished_training_is_not_repeated(tmp_path, monkeypatch, glyphs, letter
     assert all(torch.equal(p, q) for p, q in zip(f.parameters(), g.parameters())) and rows == again
 
 
-@pytest.mark.parametrize("flags", [("--lr", 0.001), ("--k-min", 1), ("--step", 2), ("--eps", 3), ("--r1", 1),
+@pytest.mark.parametrize("flags", [("--lr", 0.001), ("--k-min", 1), ("--k-max", 3), ("--step", 2), ("--eps", 3), ("--r1", 1),
                                    ("--batch", 5), ("--iters-per-k", 3), ("--width", 0.25),
                                    ("--indist-steps", 1), ("--augment", "crop"), ("--augment-p0", "crop")])
 def test_other_settings_do_not_reuse_a_checkpoint(tmp_path, glyphs, letters, flags):
