@@ -333,10 +333,10 @@ class Pooled(nn.Module):
 
 
 def test_distance_compares_with_its_reference(letters, glyphs):
-    reference = Selection(glyphs, torch.arange(90), 32, "cpu")
+    reference = Selection(glyphs, torch.arange(590), 32, "cpu")
     other = Selection(letters, torch.arange(50), 32, "cpu")
     distance = Distance("FD-cls", Pooled(), reference)
-    z = [Pooled().features(images.take(slice(0, n))).double() for images, n in ((glyphs, 90), (letters, 50))]
+    z = [Pooled().features(images.take(slice(0, n))).double() for images, n in ((glyphs, 590), (letters, 50))]
     expected = frechet_distance(z[0].mean(0), torch.cov(z[0].T), z[1].mean(0), torch.cov(z[1].T))
     assert math.isclose(distance(other.slices()), expected, rel_tol=1e-5)
     assert abs(distance(reference.slices())) < 1e-6
@@ -584,6 +584,21 @@ def test_divergence_stops_with_advice(tmp_path, glyphs, letters):
     assert caught.value.rows and "--lr" in str(caught.value)
 
 
+@pytest.mark.parametrize("level", [2e4, -2e4])
+def test_logits_that_ran_away_stop_the_training(tmp_path, monkeypatch, glyphs, letters, level):
+    class Far(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return level * self.w + x.flatten(1).sum(1, keepdim=True)
+    monkeypatch.setattr(at_gen, "build_f", lambda s, shape: Far())
+    run, s = begin(tmp_path)
+    with pytest.raises(common.Diverged):
+        train_f(run, s, "f", glyphs, letters)
+
+
 def test_training_separates_data_from_attacked_p0(tmp_path, glyphs, letters):
     """The direction of the whole: after short training f is higher on data than on p0, and samples climb."""
     run, s = begin(tmp_path, "--k-max", 1, "--iters-per-k", 30, "--batch", 24, "--width", 0.5)
@@ -677,6 +692,39 @@ def test_table_2_5_measures_p0_samples_and_held_out_data(monkeypatch, letters, g
     right = (held_out.images.y[:50] == 3).float().mean().item()
     assert math.isclose(found["accuracy of the FD-cls network"]["value"], right, rel_tol=1e-6)
     assert found["training seconds"]["value"] == 7.5 and math.isclose(found["IS-cls p0"]["value"], 1)
+
+
+def test_inception_scores_are_of_each_set_and_of_all_samples(monkeypatch, letters):
+    net, asked, real = Pooled(), [], at_gen.samples
+    net.head.weight.data *= 300
+    monkeypatch.setattr(at_gen, "pgd_attack", lambda f, x, steps, step: 1 - x)
+    monkeypatch.setattr(at_gen, "samples", lambda f, seeds, steps, step, n=None: asked.append(n) or real(f, seeds, steps, step, n))
+    seeds = seeds_of(letters)
+    distance = Distance("FID", net, seeds)
+    rows = {row["quantity"]: row["value"] for row in at_gen.table_2_5(S, distance, "f", [{"seconds": 1.0}], seeds, None)}
+    x = torch.cat(list(seeds.slices()))
+    for title, images in (("p0", x), ("samples", 1 - x)):
+        assert math.isclose(rows[f"IS {title}"], inception_score(net(images).detach()), rel_tol=1e-4)
+    assert abs(rows["IS p0"] - rows["IS samples"]) > 1e-3
+    at_gen.table_2_11(S, distance, "f", seeds)
+    at_gen.distance_of_samples(S, distance, seeds, "f")
+    assert asked == [None] * 5
+
+
+def test_published_settings_of_sampling():
+    """Tab. 2.4."""
+    for dataset, steps, step in (("cifar10", 32, 0.2), ("celebahq", 20, 8), ("afhq_cat", 14, 8), ("lsun_church", 17, 8)):
+        s = at_gen.SETTINGS[dataset, "paper"]
+        assert (s.sample_steps, s.sample_step, s.images) == (steps, step, 50_000)
+
+
+def test_the_way_there_starts_at_the_seeds(monkeypatch, letters):
+    f, run, seeds = Linear(torch.ones(1, 28, 28) / 784), fake_run(), seeds_of(letters)
+    monkeypatch.setattr(at_gen, "pgd_attack", lambda f, x, steps, step: x + steps / 100)
+    rows = at_gen.sweep(run, S, f, seeds)
+    start = seeds.first(10).mean().item()
+    for row in rows:
+        assert math.isclose(row["value"], start + row["steps"] / 100, rel_tol=1e-4)
 
 
 def test_table_2_5_without_labels(attacks, letters):
@@ -817,7 +865,7 @@ def test_main_separates_the_splits(monkeypatch, tmp_path, glyphs, letters):
     assert torch.equal(given["data"].x, glyphs.x)
     data, reference = given["distance"]()
     assert torch.equal(data.x, glyphs.x) and torch.equal(reference.images.x, glyphs.x)
-    assert torch.equal(reference.index, torch.arange(64)) and len(given["seeds"].index) == 24
+    assert torch.equal(reference.index, torch.arange(64)) and len(given["seeds"].index) == len(given["held_out"].index) == 24
     given = handed_on(monkeypatch, tmp_path, "--images", 2001)
     assert torch.equal(given["seeds"].images.x, letters.x) and len(given["held_out"].index) == 2000
 
@@ -847,14 +895,15 @@ def test_the_classifier_behind_the_distance(monkeypatch, tmp_path, glyphs):
 
     def trained(run, name, build, data, iterations, batch, augment):
         calls.append((build(), data, iterations, augment))
+        assert batch == 128
         return Pooled()
 
     monkeypatch.setattr(common, "train_classifier", trained)
-    run, s = begin(tmp_path, "--cls-iters", 7)
+    run, s = begin(tmp_path, "--cls-iters", 7, "--cls-width", 0.5)
     distance = at_gen.make_distance(run, s, glyphs, Selection(glyphs, torch.arange(50), 32, "cpu"))
     (net, data, iterations, augment), = calls
     assert distance.name == "FD-cls" and data is glyphs and iterations == 7 and augment == "none"
-    assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10) and net.head.in_features == 512
     colour = Images(glyphs.x.expand(-1, 3, -1, -1), glyphs.y, "cifar10")
     at_gen.make_classifier(run, s, colour)
     assert isinstance(calls[1][0], common.ResNet) and calls[1][3] == "crop_flip"
