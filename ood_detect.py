@@ -33,7 +33,7 @@ Commands (two cores; all numbers: results/ood_detect.md):
                                               worst-case AUROC of symbols .84, softmax .45
     python ood_detect.py --only eps-sweep     AUROC of all methods against the radius of the attack
     python ood_detect.py --dataset mnist      the same for written digits; --dataset cifar10: a GPU
-    python ood_detect.py --dataset celebahq --only table3.13    the model of at_gen.py's run, on large pictures
+    python ood_detect.py --dataset celebahq --only table3.13   the model of at_gen.py, on large pictures
 The log. loss: what is minimised. inside, outside: mean score of the data and of p0, attacked where they are.
 
 Differs: the source's p0, 80 Million Tiny Images, is withdrawn; here it is Tiny ImageNet's first 150 classes,
