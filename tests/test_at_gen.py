@@ -657,7 +657,7 @@ def seeds_of(letters, n=24):
 
 def distance_by_net(monkeypatch):
     """Distance of samples that depends on the network alone."""
-    monkeypatch.setattr(at_gen, "distance_of_samples", lambda s, distance, seeds, f, n=None: f"distance of {f}")
+    monkeypatch.setattr(at_gen, "distance_of_samples", lambda s, distance, seeds, f: f"distance of {f}")  # of all samples
     return SimpleNamespace(name="FD-cls")
 
 
@@ -785,6 +785,9 @@ def test_figure_2_4_trains_with_each_fixed_k(monkeypatch):
     assert trained == [(K, K, 45, {}) for K in (1, 5, 8)]  # as many updates as K = 0, ..., 8 have
     assert [(row["K"], row["value"]) for row in rows] == [(1, "distance of f1"), (5, "distance of f2"),
                                                           (8, "distance of f3")]
+    learn = Recorder()
+    at_gen.figure_2_4(fake_run(), dataclasses.replace(S, k_max=12), distance, None, learn)
+    assert [s.k_max for s, _, _ in learn.asked] == [1, 5, 10, 12]
     unchanged = dict(k_min=S.k_min, k_max=S.k_max, iters_per_k=S.iters_per_k)
     assert all(dataclasses.replace(s, **unchanged) == S for s, _, _ in learn.asked)
 

@@ -612,11 +612,11 @@ def test_table_3_3_attacks_longer_with_more_chains_and_broken_stays_broken(run, 
         seen.append((defence, x, y, a))
         return outcome_of(*planted[a.N], a, None)
     monkeypatch.setattr(lm, "eot_attack", attack)
-    rows = lm.table_3_3(run, settings(n=20, h_adv=6), Task("d", "x", "y"), ATTACK)
-    assert seen == [("d", "x", "y", ATTACK), ("d", "x", "y", ATTACK._replace(N=80, H_adv=8))]
+    rows = lm.table_3_3(run, settings(n=20, h_adv=9), Task("d", "x", "y"), ATTACK)
+    assert seen == [("d", "x", "y", ATTACK), ("d", "x", "y", ATTACK._replace(N=80, H_adv=12))]
     assert values(rows) == {"natural acc, stronger BPDA+EOT": 1, "robust acc, stronger BPDA+EOT": 0.75,
                             "robust acc, either attack": 0.25}
-    assert rows[1]["N"] == 80 and rows[1]["H_adv"] == 8
+    assert rows[1]["N"] == 80 and rows[1]["H_adv"] == 12
 
 
 def test_table_4_2_takes_dice_of_each_set_without_and_with_the_defence(run, monkeypatch):
