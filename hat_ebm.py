@@ -33,7 +33,7 @@ differ in where G comes from, and in what walks:
             logit of the GAN's discriminator. Constants of both peers are ours, and not tuned.
 
 Commands (two cores; all numbers: results/hat_ebm.md):
-    python hat_ebm.py                       digits: synthesis, refinement (FD-cls 85 -> 48); 5 minutes
+    python hat_ebm.py                       digits: synthesis, refinement (FD-cls 87 -> 54); 5 minutes
     python hat_ebm.py --mode retrofit       one mode alone: synth, refine or retrofit
     python hat_ebm.py --dataset cifar10     a GPU, never run so far; --budget paper or thesis: its two tables
 The log. d: mean H of data minus that of ends of chains; far below 0 chains have lost, H tells them at sight.
