@@ -71,7 +71,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
         "a data set by name, or NAME:n for its first n classes; the others are then a test set"),
     augment=("none", "none", "auto", "auto", "auto: crop, flip, AutoAugment, Cutout; none"),
     batch=(50, 50, 128, 128, "data images, and as many of p0, in an update"),
-    updates=(800, 1600, 6000, 156_000, "of each network; the source has 400 epochs"),
+    updates=(500, 1600, 6000, 156_000, "of each network; the source has 400 epochs"),
     lr=(0.05, 0.05, 0.1, 0.1, "constant rate of SGD, Nesterov momentum .9"),
     eps_in=(1.0, 1.0, 0.25, 0.25, "radius of attacks on the data in training"),
     eps_out=(2.0, 2.0, 0.5, 0.5, "radius of attacks on p0 in training"),
