@@ -353,12 +353,13 @@ def test_p0s_classes_and_known_images_are_left_out(monkeypatch):
     made = {"symbols": symbols, "letters": letters, "noise": some_images(30, seed=9)}
     asked = []
 
-    def load_images(name, split, data_dir, *shape):
+    def load_on_device(args, name, split, *shape):
         asked.append((name, split))
+        assert shape == (1, 28)
         if name not in made:
             raise common.UserError("not here")
         return made[name]
-    monkeypatch.setattr(od, "load_images", load_images)
+    monkeypatch.setattr(common, "load_on_device", load_on_device)
     args = SimpleNamespace(data_dir="", device="cpu")
     sets = od.other_sets(args, settings(p0="letters:4", images=40), data, test, p0)
     assert "letters" not in od.other_sets(args, settings(p0="letters"), data, test, p0)
@@ -370,12 +371,17 @@ def test_p0s_classes_and_known_images_are_left_out(monkeypatch):
     assert kept == {x.numpy().tobytes() for x in letters.x[letters.y >= 4]}
     data = Images(data.x, data.y, "mnist")  # whose third set can't be read
     assert "fashion_mnist" not in od.other_sets(args, settings(p0="letters:4"), data, test, p0)
+    large = Images(data.x, data.y, "lsun_church")
+    asked.clear()
+    od.other_sets(args, settings(p0="none"), large, test, p0)
+    assert [name for name, _ in asked] == ["svhn", "cifar10", "imagenet", "celebahq", "afhq_cat", "noise"]
 
 
 def test_the_data_is_never_its_own_out_distribution():
     assert set(od.OTHERS) == {dataset for dataset, _ in od.SETTINGS}
     for data, others in od.OTHERS.items():
-        assert data not in others and set(others) <= set(common.IN_MEMORY)
+        known = {*common.IN_MEMORY, *common.FOLDERS} if data in od.LARGE else common.IN_MEMORY
+        assert (data in others) == (data in od.LARGE) and set(others) <= set(known)  # (other_sets leaves the set itself out)
     assert set(od.OTHERS["glyphs"]) <= {"symbols", "letters", "noise"}  # nothing that would have to be downloaded
 
 
