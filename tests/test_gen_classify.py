@@ -470,6 +470,22 @@ def test_table_3_16_and_3_17(run):
     assert [row["value"] for row in gc.table_3_17(c)] == c.tolist()
 
 
+def test_figure_3_11_holds_each_d_k_against_its_own_class(run, monkeypatch):
+    test = some_images(60)
+    x, y = test.some(2000)
+    z = torch.randn(60, 10)
+    monkeypatch.setattr(gc, "logits_of", lambda net, images: z)
+    panels = {}
+    monkeypatch.setattr(run, "histograms", lambda name, shown: panels.update(shown))
+    rows = gc.figure_3_11(run, test, "d")
+    assert list(panels) == ["d_1", "d_2", "d_3"]
+    for k, row in enumerate(rows):
+        own, others = z[y == k, k], z[y != k, k]
+        assert row["value"] == pytest.approx(gc.auroc(own, others)) and row["n"] == len(own)
+        shown = panels[f"d_{k + 1}"]
+        assert torch.equal(shown["its class"], own) and torch.equal(shown["others"], others)
+
+
 def test_an_ablation_attacks_both_sides(run, monkeypatch):
     train, test, asked = some_images(), some_images(80, 4), []
     d = small_d(3)
