@@ -156,6 +156,27 @@ def test_3_48_takes_the_image_with_the_largest_output(run):
     assert made[:, 2].tolist() == pytest.approx([0.4, 0.4], abs=0.02)
 
 
+def test_3_48_against_brute_force():
+    """Linear d_k of three pixels: no point of 20,000 in the ball has a larger output of a class but the label."""
+    torch.manual_seed(1)
+    W = torch.randn(3, 3)
+
+    class Linear3(nn.Module):
+        K = 3
+
+        def forward(self, x):
+            return x.flatten(1) @ W.T if x.dim() == 4 else torch.einsum("knp,kp->kn", x.flatten(2), W)
+    net, x, y = gc.Generative(Linear3(), torch.tensor([0.1, 0.0, -0.1])), torch.full((3, 1, 1, 3), 0.5), torch.arange(3)
+    made = gc.likest_images(net, x, y, gc.Radius(0.2, 30, 0.02))
+    assert gc.length(made - x).max() < 0.2001
+    points = 0.5 + 0.2 * F.normalize(torch.randn(20_000, 3)) * torch.rand(20_000, 1) ** (1 / 3)
+    for label in range(3):
+        others = [k for k in range(3) if k != label]
+        found = net(made[label : label + 1])[0, others].max()
+        best = net(points.view(-1, 1, 1, 3))[:, others].max()
+        assert best - 1e-4 <= found <= best + 0.02
+
+
 def test_the_source_attacks_each_classifier_in_its_own_way(run, monkeypatch):
     seen = []
     monkeypatch.setattr(gc, "likest_images", lambda net, x, y, a: seen.append((net, len(x), a)) or x)
