@@ -265,9 +265,7 @@ def together(images, rows, n):
 
 def by_images(function, size, x, *tensors):
     """function(x, ...) of parts of `size` images, joined; x [n, C, S, S], or [K, n, C, S, S] split at n."""
-    dim = x.dim() - 4
-    parts = [tensor.split(size, dim) for tensor in (x, *tensors)]
-    return torch.cat([function(*part) for part in zip(*parts)], dim)
+    return common.by_parts(function, x, size, *tensors, dim=x.dim() - 4)
 
 def draw(images, rows, batch, seed, t):
     """Batch t of each list of indices -> [K, batch, C, S, S]; coloured images cropped and flipped."""

@@ -543,9 +543,10 @@ def to_device(net, device):
     fast = torch.device(device).type == "cuda" or bfloat16_units(device)
     return net.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
 
-def by_parts(function, x, size):
-    """function(x) of parts of at most `size` rows, joined again."""
-    return torch.cat([function(part) for part in x.split(size)])
+def by_parts(function, x, size, *tensors, dim=0):
+    """function(x, ...) of parts of at most `size` rows of all of them, joined again; dim: where rows are."""
+    parts = [tensor.split(size, dim) for tensor in (x, *tensors)]
+    return torch.cat([function(*part) for part in zip(*parts)], dim)
 
 _RECORDED = collections.OrderedDict()  # what a step depends on -> its _Recording; the oldest of 24 is dropped
 

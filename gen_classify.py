@@ -51,7 +51,7 @@ from torch import nn
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 
 import common
-from common import Training, UserError, fast_precision, input_gradient, once, repeat
+from common import Training, UserError, by_parts, fast_precision, input_gradient, once, repeat
 from common import rate, seeded, value
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -187,11 +187,6 @@ def attack(net, x0, y, k, loss, a):
     x, misread = repeat(test_step, (x0, none), a.steps, net, x0, y, k, loss, a)
     return x, misread | (net(x).argmax(1) != y)
 
-def in_parts(run, make, x, y):
-    """make(x, y) of images [n, C, S, S] and classes [n], a part after the other: memory holds run.chunk."""
-    pairs = zip(x.split(run.chunk), y.split(run.chunk))
-    return torch.cat([make(part, classes) for part, classes in pairs])
-
 def unbroken(run, net, x, y, K, still, loss, each, a):
     """Those of `still` [n] that no step of an attack misreads; each: one run for each class but y."""
     still = still.clone()
@@ -217,8 +212,8 @@ def likest_images(net, x, y, a):
 def source_attack(run, net, x, y, a):
     """Images that the source attacks with: the generative classifier by (3.48), the other by (3.46)."""
     if isinstance(net, Generative):
-        return in_parts(run, lambda x, y: likest_images(net, x, y, a), x, y)
-    return in_parts(run, lambda x, y: attack(net, x, y, y, entropy_attack, a)[0], x, y)
+        return by_parts(lambda x, y: likest_images(net, x, y, a), x, run.chunk, y)
+    return by_parts(lambda x, y: attack(net, x, y, y, entropy_attack, a)[0], x, run.chunk, y)
 
 # --- training -----------------------------------------------------------------------------------------------
 
@@ -332,7 +327,7 @@ def class_seeds(images, k, n):
 def make_like(run, net, x, k, steps, step):
     """Images [n, C, S, S] made more like classes k [n]: steps of this length up their outputs, in no ball."""
     a = Radius(1e6, steps, step)
-    return in_parts(run, lambda x, k: attack(net, x, k, k, class_attack, a)[0], x, k)
+    return by_parts(lambda x, k: attack(net, x, k, k, class_attack, a)[0], x, run.chunk, k)
 
 def integrated_gradients(net, x, k, steps=100):
     """Each pixel's share of output k(x) - k(black): images [n, C, S, S], classes [n] -> the same shape.
@@ -377,7 +372,7 @@ def distance_of(run, s, train, K):
 @torch.no_grad()
 def logits_of(net, x):
     """Outputs for images [n, C, S, S], in parts that fit the memory -> [n, K]."""
-    return common.by_parts(net, x, 250)
+    return by_parts(net, x, 250)
 
 def natural(net, x, y):
     """Which images [n, C, S, S] of labels y [n] are read rightly [n]."""
