@@ -29,8 +29,7 @@ Attacks in tests: Auto-PGD (Croce and Hein 2020), PGD with momentum that halves 
 help and goes back to its best image; PGD with constant steps; and the images that fooled the other detectors.
 
 Commands (two cores; all numbers: results/ood_detect.md):
-    python ood_detect.py                      digits against symbols, letters, noise: 5 minutes,
-                                              worst-case AUROC of symbols .86, softmax .43
+    python ood_detect.py                      5 minutes: worst-case AUROC of symbols .86, softmax .43
     python ood_detect.py --only eps-sweep     AUROC of all methods against the radius of the attack
     python ood_detect.py --dataset mnist      54 minutes of one core: .63, .42; --dataset cifar10: a GPU
     python ood_detect.py --dataset celebahq --only table3.13   the model of at_gen.py, on large pictures
@@ -622,6 +621,7 @@ def main(argv=None):
     args = get_args(argv)
     s = args.settings
     if args.dataset in LARGE:
+        load_images(args.dataset, "test", args.data_dir)  # an error is said before any training
         f, side = at_gen_model(args)
         test = common.load_on_device(args, args.dataset, "test", None, side)
         sets = other_sets(args, replace(s, p0="none"), test, test, test)

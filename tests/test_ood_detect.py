@@ -594,6 +594,8 @@ def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, monke
     assert {"AUROC imagenet, AT generative model", "worst-case AUROC afhq_cat, AT generative model"} <= {r["quantity"] for r in rows}
     code, err = outcome(od, *flags, "table3.12")
     assert code == 2 and "table3.13" in err
+    code, err = outcome(od, *flags[2:], "table3.13", "--dataset", "lsun_church")  # no such folder: nothing is trained
+    assert code == 2 and "lsun_church" in err and len(made) == 1
 
 
 @pytest.mark.parametrize("flags, says", [
