@@ -49,7 +49,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as T
 from torchvision.utils import make_grid
 
@@ -122,10 +122,17 @@ def parse_args(doc, table, experiments, argv=None):
     p = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                 add_help=False)
     p.add_argument("--dataset", "--data", default=datasets[0], metavar="NAME", help=f"one of {datasets}")
-    p.add_argument("--budget", default="quick", help="smoke (learns nothing), quick, paper (as the source)")
-    chosen, _ = p.parse_known_args(argv)  # these two decide what --help shows
+    p.add_argument("--budget", help="smoke (learns nothing), quick, paper (as the source); some sets: cpu")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    chosen, _ = p.parse_known_args(argv)  # these decide what --help shows
     if chosen.dataset not in datasets:
         raise UserError(f"unknown --dataset '{chosen.dataset}'; known: {', '.join(datasets)}")
+    if chosen.budget is None:
+        chosen.budget = "quick"
+        if (chosen.dataset, "cpu") in table and not _device(chosen.device).startswith("cuda"):
+            chosen.budget = "cpu"
+            print(f"no GPU: --budget cpu, the last classes of {chosen.dataset} alone; see --help")
+    p.set_defaults(budget=chosen.budget)
     if (chosen.dataset, chosen.budget) not in table:
         known = [budget for dataset, budget in table if dataset == chosen.dataset]
         raise UserError(f"unknown --budget '{chosen.budget}' for {chosen.dataset}; known: {', '.join(known)}")
@@ -135,7 +142,6 @@ def parse_args(doc, table, experiments, argv=None):
     p.add_argument("--data-dir", type=Path, default=Path("data"), help="of NAME.npz and image folders (data)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (runs)")
     p.add_argument("--seed", type=_whole, default=0, help="of everything random (0)")
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (250; a GPU 1600)")
     p.add_argument("--fresh", action="store_true", help="drop this run's checkpoints, logs and results first")
     defaults = table[chosen.dataset, chosen.budget]
@@ -319,14 +325,17 @@ class Run:
         self.save(figure, name)
 
     def lines(self, name, rows, x, **axis_settings):
-        """NAME.png: rows of results over the setting that x names, a line for each quantity."""
-        figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
-        for quantity in dict.fromkeys(row["quantity"] for row in rows if x in row):
-            points = [row for row in rows if row["quantity"] == quantity]
-            heights = [row["value"] for row in points]
-            axis.plot([row[x] for row in points], heights, "o-", ms=3, label=quantity)
-        axis.set(xlabel=x, **axis_settings)
-        axis.legend(fontsize=8)
+        """NAME.png: rows of results over each setting that x names ("steps length"), a line a quantity."""
+        panels = x.split()
+        size = (1.2 + 4.4 * len(panels), 3.6)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        for axis, x in zip(axes[0], panels):
+            for quantity in dict.fromkeys(row["quantity"] for row in rows if x in row):
+                points = [row for row in rows if row["quantity"] == quantity]
+                heights = [row["value"] for row in points]
+                axis.plot([row[x] for row in points], heights, "o-", ms=3, label=quantity)
+            axis.set(xlabel=x, **axis_settings)
+            axis.legend(fontsize=8)
         self.save(figure, name)
 
     def histograms(self, name, panels):
@@ -496,17 +505,14 @@ def repeat(step, x, n, *arguments):
     """
     first = x if isinstance(x, torch.Tensor) else x[0]
     with torch.no_grad():
-        if first.device.type == "cuda" and n > 2:
+        if first.device.type == "cuda":
             return _replay(step, x, n, arguments)
         for _ in range(n):
             x = step(x, *arguments)
     return x
 
 class frozen_copy(nn.Module):
-    """A copy of a network for sampling: weights are constants, eval mode, float32 in and out.
-
-    Inside it computes in bfloat16, channels-last, where the processor has units for that (and fast is True).
-    """
+    """A network's copy for sampling: constant weights, eval mode; bfloat16 inside where that is fast."""
     def __init__(self, net, fast=True):
         super().__init__()
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
@@ -654,6 +660,11 @@ class Images:
         index = shuffled(len(self), 123)[:n].to(self.x.device)
         return self.take(index), self.y[index]
 
+    def from_class(self, first):
+        """The images of class `first` and of those after it, whose labels count from 0 again."""
+        kept = self.y >= first
+        return Images(self.x[kept], self.y[kept] - first, self.name)
+
     def to(self, device):
         return Images(self.x.to(device), self.y.to(device), self.name)
 
@@ -696,9 +707,12 @@ def load_on_device(args, name, split, channels=None, side=None):
     return images.to(args.device)
 
 def train_and_test(args, batch, images, side=None):
-    """Both splits of args.dataset, on the device; UserError where they have too few images."""
+    """Both splits of args.dataset, on the device, from the setting first_class on; UserError for too few."""
     data = load_on_device(args, args.dataset, "train", None, side)
     test = load_on_device(args, args.dataset, "test", None, side)
+    if getattr(args.settings, "first_class", 0):
+        first = args.settings.first_class
+        data, test = data.from_class(first), test.from_class(first)
     if images > len(test) or batch > len(data):
         raise UserError(f"--images, --batch: {args.dataset} has {len(test)} to test, {len(data)} to train")
     return data, test
@@ -875,19 +889,19 @@ def folder_labels(pictures):
     rank = {name: i for i, name in enumerate(sorted(set(names)))}
     return torch.tensor([rank[name] for name in names])
 
-def picture_tensor(picture, side, crop="none", seed=0, mode=InterpolationMode.BILINEAR):
+def picture_tensor(picture, side, crop="none", seed=0):
     """A PIL picture -> uint8 [C, side, side]: resized and centre-cropped, or cropped as in CROPS and flipped.
 
-    The random crop depends on `seed` alone. mode: NEAREST for a mask.
+    The random crop depends on `seed` alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU generator alone, which fork_rng restores
         scale, ratio, probability = CROPS.get(crop, (None, None, 0))
         if torch.rand(()) < probability:
             box = RandomResizedCrop.get_params(picture, scale, ratio)
-            picture = T.resized_crop(picture, *box, (side, side), mode)
+            picture = T.resized_crop(picture, *box, (side, side))
         else:
-            picture = T.center_crop(T.resize(picture, side, mode), side)
+            picture = T.center_crop(T.resize(picture, side), side)
         if crop != "none" and torch.rand(()) < 0.5:
             picture = T.hflip(picture)
     return T.pil_to_tensor(picture)
@@ -1077,23 +1091,17 @@ class LightEBM(nn.Module):
     def forward(self, x):
         return self.body(2 * x - 1).flatten(1)
 
-class SmoothLeakyReLU(nn.Module):
-    """Leaky ReLU with a rounded corner: it has a second derivative within some 1 / beta of 0."""
-    def __init__(self, slope, beta):
+class GaussianEnergy(nn.Module):
+    """T times minus the log density of a Gaussian, that of noisy images: [B, C, S, S] -> [B, 1]."""
+    def __init__(self, images, noise, T=1.0):
         super().__init__()
-        self.slope, self.beta = slope, beta
+        x = images.take(slice(None)).flatten(1).double()
+        covariance = torch.cov(x.T) + noise ** 2 * torch.eye(x.shape[1], device=x.device)
+        self.register_buffer("mean", x.mean(0).float())
+        self.register_buffer("precision", (T * torch.linalg.inv(covariance)).float())
     def forward(self, x):
-        return self.slope * x + (1 - self.slope) * F.softplus(x, self.beta)
-
-def smoothed(net, beta):
-    """A frozen copy of an energy with SmoothLeakyReLU(beta) in place of every ReLU and leaky ReLU."""
-    other = copy.deepcopy(net).requires_grad_(False)
-    for module in list(other.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, (nn.ReLU, nn.LeakyReLU)):
-                slope = getattr(layer, "negative_slope", 0.0)
-                setattr(module, name, SmoothLeakyReLU(slope, beta))
-    return other
+        x = x.flatten(1) - self.mean
+        return (x @ self.precision * x).sum(1, keepdim=True) / 2
 
 class DBlock(Residual):
     """Residual block of an SNGAN discriminator, no normalisation; down halves the side, first: the stem."""
@@ -1208,10 +1216,7 @@ class GroupedLinear(nn.Module):
 
 def side_by_side(nets):
     """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
-
-    A convolution of K networks is one in K groups (no dilation; BatchNorm in eval mode). Tensors of its
-    state_dict are those of the K networks laid end to end: part_of() takes them apart again.
-    """
+    Tensors of its state_dict are theirs laid end to end: part_of() takes them apart. BatchNorm: eval mode."""
     K, wide = len(nets), copy.deepcopy(nets[0])
     if K > 1:
         for parent in list(wide.modules()):
@@ -1253,10 +1258,7 @@ def part_of(wide, K, k, net):
 
 # --- networks of the dissertation, ch. 2 and 3.3 ----------------------------------------------------------
 class ResNet(Pooled):
-    """ResNet-18 or -50 for small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2; normalised inside.
-
-    width multiplies 64/128/256/512: 18 at 0.5 has 2,795,297 parameters, 50 23,502,401 (1 output, 3 channels).
-    """
+    """ResNet-18 or -50 for small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2; normalised inside."""
     def __init__(self, depth=18, width=1.0, outputs=1, channels=3):
         super().__init__()
         block, counts = {18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3))}[depth]

@@ -26,10 +26,11 @@ weights of the lowest validation loss, on pairs that G never saw.
 Attacks are PGD (projected gradient descent: steps up the loss, back into a ball around the image). EOT
 (expectation over transformation): the loss is that of the mean logits of many chains. BPDA (backward pass
 differentiable approximation) takes the identity for the derivative of P, and in the source for that of G as
-well ("around G, T"). A second attack goes through G. A third also goes through the chain's last steps,
-which needs V's second derivative; that is 0 with leaky ReLU, hence a smooth stand-in for V. PGD images made
-for f and for f behind G, without chains, are tried too. "Worst": images that survive all of these. An image
-that is misread before any attack counts as broken.
+well ("around G, T"). A second attack goes through G. A third (whole chain, not in the source) goes through G
+and back through all K steps: chains forget their image, so that the mean of P(x) moves less than x does, and
+BPDA does not know that. How a step's end depends on its start is taken from a second start some way off.
+PGD images made for f and for f behind G, without chains, are tried too. "Worst": images that survive all of
+these. An image that is misread before any attack counts as broken.
 Commands (two cores; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .61, with the Fixer .95
     python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
@@ -64,60 +65,77 @@ from common import once, rate, repeat, seeded, value
 # --- settings -----------------------------------------------------------------------------------------------
 
 SETTINGS = common.settings(  # a row: a value for each column, then its help
-    columns=("glyphs", "mnist", "cifar10", "imagenet", "cifar10-paper", "imagenet-paper"),
+    columns=("glyphs", "mnist", "cifar10", "imagenet", "cifar10-paper", "imagenet-paper",
+             "cifar10-cpu"),
     smoke=dict(f_iters=3, f_width=1, width=0.05, pairs=8, held=4, refresh=1, mse_epochs=2,
-               perceptual_epochs=2, patience=1, batch=4, k=3, h_def=3, h_adv=2, n=2, n_last=1, last=2,
+               perceptual_epochs=2, patience=1, batch=4, k=3, h_def=3, h_adv=2, n=2,
                images=8, few=4, natural=8),
+    first_class=(0, 0, 0, 0, 0, 0, 6, "CIFAR-10 on a CPU: this class and those after it, four of ten"),
     # the natural classifier f, that of stochastic_security.py; it is pretrained for ImageNet
-    f_net=("small_cnn", "small_cnn", "wrn16", "efficientnet_b7", "wrn28", "efficientnet_b7",
+    f_net=("small_cnn", "small_cnn", "wrn16", "efficientnet_b7", "wrn28", "efficientnet_b7", "small_cnn",
            "network (common.make_net)"),
-    f_width=(1, 1, 4, 1, 10, 1, "its width; of wrn the widening factor"),
-    f_iters=(300, 600, 6000, 0, 50_000, 0, "updates of f, batch 100"),
-    f_sgd=(0.0, 0.0, 0.1, 0.0, 0.1, 0.0, "rate of SGD, a tenth from 40 % on, again from 60 %; 0: Adam"),
+    f_width=(1, 1, 4, 1, 10, 1, 2, "its width; of wrn the widening factor"),
+    f_iters=(300, 600, 6000, 0, 50_000, 0, 2500, "updates of f, batch 100"),
+    f_sgd=(0.0, 0.0, 0.1, 0.0, 0.1, 0.0, 0.0, "rate of SGD, a tenth from 40 % on, again from 60 %; 0: Adam"),
     # the Fixer
-    width=(0.25, 0.25, 1.0, 1.0, 1.0, 1.0, "of G; 1: 64 channels"),
-    pairs=(1000, 1000, 10_000, 500, 45_000, 10_000, "training images that G learns from"),
-    held=(300, 300, 1000, 50, 5000, 1000, "more of them, for the validation loss"),
-    refresh=(10, 10, 20, 20, 20, 20, "epochs until chains are drawn anew"),
-    mse_epochs=(20, 20, 20, 5, 40, 40, "of phase 1 (sec. 5.2.1)"),
-    perceptual_epochs=(60, 60, 40, 10, 100, 100, "of phase 2, at most (sec. 5.2.1)"),
-    patience=(5, 5, 6, 10, 10, 10, "epochs without a lower validation loss"),
-    lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, "rate of Adam"),
-    batch=(50, 50, 64, 16, 64, 16, "pairs in an update"),
+    width=(0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 0.5, "of G; 1: 64 channels"),
+    pairs=(1000, 1000, 10_000, 500, 45_000, 10_000, 2000, "training images that G learns from"),
+    held=(300, 300, 1000, 50, 5000, 1000, 300, "more of them, for the validation loss"),
+    refresh=(10, 10, 20, 20, 20, 20, 10, "epochs until chains are drawn anew"),
+    mse_epochs=(20, 20, 20, 5, 40, 40, 10, "of phase 1 (sec. 5.2.1)"),
+    perceptual_epochs=(60, 60, 40, 10, 100, 100, 20, "of phase 2, at most (sec. 5.2.1)"),
+    patience=(5, 5, 6, 10, 10, 10, 5, "epochs without a lower validation loss"),
+    lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, 1e-3, "rate of Adam"),
+    batch=(50, 50, 64, 16, 64, 16, 50, "pairs in an update"),
     # the defence and its attack
-    tau=(0.06, 0.06, 0.005, 0.01, 0.005, 0.01, "noise of a Langevin step; photos: half the source's"),
-    k=(50, 50, 200, 200, 2000, 200, "K: Langevin steps of the defence and of the pairs"),
-    h_def=(24, 24, 25, 64, 128, 64, "chains of a verdict"),
-    h_adv=(6, 6, 8, 24, 48, 24, "chains of an attack's gradient"),
-    n=(20, 20, 20, 10, 50, 50, "N: steps of the attack"),
-    eps=(0.16, 0.2, 8 / 255, 2 / 255, 8 / 255, 2 / 255, "l_inf radius of the attack"),
-    step=(0.04, 0.05, 2 / 255, 1 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
-    last=(5, 5, 5, 2, 10, 2, "steps that the third attack goes back through"),
-    n_last=(6, 6, 10, 5, 50, 50, "N of that attack"),
-    images=(100, 100, 100, 64, 1000, 10_000, "test images under attack"),
-    few=(50, 50, 50, 16, 200, 200, "of these, in stronger, ablation and honesty"),
-    natural=(500, 500, 1000, 64, 5000, 10_000, "test images whose natural accuracy is taken"),
+    tau=(0.06, 0.06, 0.02, 0.01, 0.005, 0.01, 0.02, "noise of a Langevin step; photos: half the source's"),
+    k=(50, 50, 100, 200, 2000, 200, 50, "K: Langevin steps of the defence and of the pairs"),
+    h_def=(24, 24, 25, 64, 128, 64, 32, "chains of a verdict"),
+    h_adv=(6, 6, 8, 24, 48, 24, 8, "chains of an attack's gradient"),
+    n=(20, 20, 20, 10, 50, 50, 20, "N: steps of the attack"),
+    eps=(0.16, 0.2, 8 / 255, 2 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
+    step=(0.04, 0.05, 2 / 255, 1 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
+    images=(100, 100, 100, 64, 1000, 10_000, 100, "test images under attack"),
+    few=(50, 50, 50, 16, 200, 200, 50, "of these, in stronger, ablation and honesty"),
+    natural=(500, 500, 1000, 64, 5000, 10_000, 500, "test images whose natural accuracy is taken"),
 )
-BETA = 20.0  # sharpness of the smooth stand-in for leaky ReLU
+REACH = 1.0  # times tau: root mean square of the move that shows how a step depends on its start
 PART = 1600  # pairs between two checkpoints
 
 # --- Langevin sampling --------------------------------------------------------------------------------------
 
+def downhill(x, V, tau, T):
+    """A step without its noise: x - tau^2/(2T) grad V(x). [B, C, S, S] -> same."""
+    return x - tau**2 / (2 * T) * input_gradient(V, x)
+
 def langevin_step(x, V, tau, T):
     """Eq. 2.3: x - tau^2/(2T) grad V(x) + tau z, z ~ N(0, I); never clamped. [B, C, S, S] -> same."""
-    return x - tau**2 / (2 * T) * input_gradient(V, x) + tau * torch.randn_like(x)
+    return downhill(x, V, tau, T) + tau * torch.randn_like(x)
 
 def langevin(x, steps, V, tau, T):
     """A chain of `steps` Langevin steps from each image [B, C, S, S] -> its end."""
     return repeat(langevin_step, x, steps, V, tau, T)
 
-def soft_langevin(x, steps, V, smooth, tau, T):
-    """The same chain with a derivative: values are those of V, derivatives those of its smooth stand-in."""
+def langevin_path(x, steps, V, tau, T):
+    """The same chain -> its end, and the way there: each state, and where downhill() leads from it."""
+    path = []
     for _ in range(steps):
-        (slope,) = torch.autograd.grad(smooth(x).float().sum(), x, create_graph=True)
-        soft = x - tau**2 / (2 * T) * slope
-        x = soft + (langevin_step(x, V, tau, T) - soft).detach()  # the true value, soft's derivative
-    return x
+        lower = repeat(downhill, x, 1, V, tau, T)
+        path.append((x, lower))
+        x = lower + tau * torch.randn_like(x)
+    return x, path
+
+def step_back(v, x, lower, V, tau, T):
+    """v times the derivative of downhill() at x: how much farther it leads from x + length v, per length."""
+    size = v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30).view(-1, 1, 1, 1)
+    length = REACH * tau / size
+    return (downhill(x + length * v, V, tau, T) - lower) / length
+
+def pull_back(v, path, V, tau, T):
+    """The gradient v of a loss at the end of chains -> its gradient at their starts: the chain rule."""
+    for x, lower in reversed(path):
+        v = repeat(step_back, v, 1, x, lower, V, tau, T)
+    return v
 
 # --- the energy, from lifecycle_midrun.py -------------------------------------------------------------------
 
@@ -262,9 +280,7 @@ class LInf(NamedTuple):
     def start(self, x):
         """A uniform draw from the ball around x [B, C, S, S], which must be in [0, 1]."""
         if x.min() < 0 or x.max() > 1:
-            raise ValueError(
-                f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]"
-            )
+            raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
         return (x + self.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
 
     def ascend(self, x, x0, gradient):
@@ -298,7 +314,8 @@ class Defence:
     f: nn.Module
     K: int = 0  # without chains, all H would be equal: H = 1
     chain: object = stay  # chain(x, steps): ends of chains
-    soft_chain: object = stay  # the same with a derivative
+    path: object = None  # path(x, steps): ends of chains, and the way there
+    back: object = None  # back(v, way): a gradient at the ends, carried to the starts
     chunk: int = 250
 
     def purify(self, x, H, steps):
@@ -321,17 +338,22 @@ class Defence:
         """The class of the largest F_H, with H fresh chains -> [B]."""
         return self.logits(x, H).mean(0).argmax(1)
 
-    def gradient(self, x, y, H, last=0):
-        """EOT: F_H [B, classes], its loss' gradient; last: chain steps it goes back through, 0: BPDA."""
+    def gradient(self, x, y, H, whole=False):
+        """EOT: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H, 1)
+        size = max(self.chunk // H // (1 + whole * self.K // 200), 1)  # the way back keeps all states
         for part, labels in zip(x.split(size), y.split(size)):
-            z = self.purify(part, H, self.K - last).requires_grad_(True)
+            if whole:
+                ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
+            else:
+                ends = self.purify(part, H, self.K)
+            ends.requires_grad_(True)
             with torch.enable_grad(), fast_precision(x.device):
-                ends = self.soft_chain(z, last)
                 F_H = self.f(ends).float().unflatten(0, (H, len(part))).mean(0)
-            (gradient,) = torch.autograd.grad(self.loss(F_H, labels), z)
+            (gradient,) = torch.autograd.grad(self.loss(F_H, labels), ends)
+            if whole:
+                gradient = self.back(gradient, way)
             logits.append(F_H.detach())
             gradients.append(gradient.unflatten(0, (H, len(part))).sum(0))
         return torch.cat(logits), torch.cat(gradients)
@@ -345,13 +367,13 @@ class Defence:
         return prediction == y
 
 class Attack(NamedTuple):
-    """Settings of an attack. last: as in Defence.gradient."""
+    """Settings of an attack. whole: as in Defence.gradient."""
     ball: object
     N: int
     H_adv: int
     H_def: int
     restarts: int = 1
-    last: int = 0
+    whole: bool = False
 
 class Outcome(NamedTuple):
     """Of an attack on n images."""
@@ -368,14 +390,8 @@ def eot_attack(run, defence, x0, y, attack):
     period = attack.N + 1
     evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
-    made_from = {
-        "f": defence.f,
-        "chain": defence.chain,
-        "K": defence.K,
-        "images": x0,
-        "labels": y,
-        "attack": attack,
-    }
+    made_from = {"f": defence.f, "chain": defence.chain, "K": defence.K, "images": x0, "labels": y,
+                 "attack": attack}
     progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
     if progress.it == 0:
         record[0] = defence.right(defence.predict(x, attack.H_def), y)
@@ -385,7 +401,7 @@ def eot_attack(run, defence, x0, y, attack):
         if len(alive):
             if t % period == 1:
                 x[alive] = attack.ball.start(x0)[alive]  # starts do not depend on who is alive
-            logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
+            logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.whole)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
             if len(broken):  # fresh chains have the last word
                 verdict = defence.predict(x[broken], attack.H_def)
@@ -436,14 +452,14 @@ def table_5_1(run, s, f, midrun, through, around, x, y, attack):
     fixers = {"BPDA+EOT through G": through, "BPDA+EOT around G, T": around}
     models = (("mid-run", midrun, {"BPDA+EOT": midrun}), ("Fixer", through, fixers))
     for model, defence, direct in models:
-        late = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
-        right = {"through the last steps": late.robust}
+        whole = eot_attack(run, defence, x, y, attack._replace(whole=True))
+        right = {"whole chain": whole.robust}
         for name, attacked in direct.items():
             right[name] = eot_attack(run, attacked, x, y, attack).robust
         for name, images in transferred.items():
-            right[name] = late.natural & (defence.predict(images, s.h_def) == y)
+            right[name] = whole.natural & (defence.predict(images, s.h_def) == y)
         right["worst of these"] = torch.stack(list(right.values())).all(0)
-        rows.append(rate(f"natural acc, {model}", late.natural, K=s.k))
+        rows.append(rate(f"natural acc, {model}", whole.natural, K=s.k))
         for name, survived in right.items():
             rows.append(rate(f"robust acc, {model}, {name}", survived, eps=s.eps))
     return rows
@@ -479,16 +495,19 @@ def figure_5_3(run, s, f, G, through, x, y, attack):
 
 def stronger(run, s, midrun, through, around, few, attack):
     """Attacks that nothing here was tuned against: three restarts, four times the steps, smaller steps."""
+    small = LInf(s.eps, s.step / 4)
     ways = {
         "restarts": attack._replace(restarts=3),
         "more steps": attack._replace(N=4 * s.n),
-        "small steps": attack._replace(N=2 * s.n, ball=LInf(s.eps, s.step / 4)),
+        "small steps": attack._replace(N=2 * s.n, ball=small),
+        "whole chain, small steps": attack._replace(N=2 * s.n, ball=small, whole=True),
     }
     rows = []
     for title, defences in (("mid-run", [midrun]), ("Fixer", [through, around])):
         worst = []
         for way, variant in ways.items():
-            right = [eot_attack(run, defence, *few, variant).robust for defence in defences]
+            tried = defences[:1] if variant.whole else defences  # around G there is no derivative
+            right = [eot_attack(run, defence, *few, variant).robust for defence in tried]
             survived = torch.stack(right).all(0)
             rows.append(rate(f"robust acc, {title}, {way}", survived, eps=s.eps, N=variant.N))
             worst.append(survived)
@@ -512,8 +531,10 @@ def upperbound(run, f, midrun, through, x_many, y_many):
     return rows
 
 def compared(run, s, defence, networks, few, x_many, y_many, attack):
-    """Networks {title: net} behind the same chains: natural accuracy, and robust accuracy under BPDA+EOT."""
+    """Networks {title: net} behind the same chains: natural accuracy, and robust accuracy under the attack
+    through the whole chain; noise in place of chains has no path, and BPDA is exact."""
     rows = []
+    attack = attack._replace(whole=defence.path is not None)
     for title, net in networks.items():
         defended = replace(defence, f=net)
         prediction = same_chains(run, defended, x_many, 8).mean(0).argmax(1)
@@ -539,15 +560,12 @@ def ablation(run, s, learn, perceptual, first, G, f, midrun, few, x_many, y_many
 def honesty(run, s, f, other, G, midrun, few, x_many, y_many, attack):
     """Does G remove noise, or has it learned f? A classifier that G never saw; noise in place of chains."""
     moved = midrun.purify(x_many, 1, s.k) - x_many
-    noisy = replace(midrun, chain=partial(noise, size=moved.square().mean().sqrt().item()))
+    size = moved.square().mean().sqrt().item()
+    noisy = replace(midrun, chain=partial(noise, size=size), path=None)
     rows = [rate("natural acc, unseen, no chains", outputs(other, x_many).argmax(1) == y_many)]
     for defence, title in ((midrun, ""), (noisy, ", noise for T")):
-        networks = {
-            f"f, no Fixer{title}": f,
-            f"f, Fixer{title}": behind(G, f),
-            f"unseen, no Fixer{title}": other,
-            f"unseen, Fixer{title}": behind(G, other),
-        }
+        networks = {f"f, no Fixer{title}": f, f"f, Fixer{title}": behind(G, f),
+                    f"unseen, no Fixer{title}": other, f"unseen, Fixer{title}": behind(G, other)}
         rows += compared(run, s, defence, networks, few, x_many, y_many, attack)
     return rows
 
@@ -561,12 +579,12 @@ def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
     common.at_least(1, s, "pairs held refresh mse_epochs perceptual_epochs patience k h_def h_adv n")
-    common.at_least(1, s, "n_last last images few natural")
+    common.at_least(1, s, "images few natural")
     common.at_least(2, s, "batch")
     common.above_0(s, "tau")
     common.check_radius(s.eps)
-    if s.last > s.k or s.batch > s.pairs or s.images > s.natural:
-        raise UserError("--last must be at most --k, --batch --pairs, --images --natural")
+    if s.batch > s.pairs or s.images > s.natural:
+        raise UserError("--batch must be at most --pairs, --images at most --natural")
     return args
 
 def subset(name, data, seed, part):
@@ -586,20 +604,17 @@ def main(argv=None):
     args = get_args(argv)
     s = args.settings
     folders = args.dataset in common.FOLDERS
-    load = partial(
-        common.load_images, args.dataset, data_dir=args.data_dir, side=224 if folders else None
-    )
-    data = load("train").to(args.device)
-    test = load("test")
+    load = partial(common.load_images, args.dataset, data_dir=args.data_dir, side=224 if folders else None)
+    data, test = load("train").to(args.device), load("test")
+    if s.first_class:
+        data, test = data.from_class(s.first_class), test.from_class(s.first_class)
     learned = subset("pairs", data, 321, slice(0, s.pairs))
     held = subset("held", data, 321, slice(s.pairs, s.pairs + s.held))
     tested = subset("tested", test, 123, slice(0, s.natural)).to(args.device)
     vgg_file = common.weights_at_hand("vgg16-397923af.pth", args.data_dir)
     if folders and (vgg_file is None or common.folder_labels(test).max() != 999):
-        raise UserError(
-            "imagenet wants vgg16-397923af.pth in --data-dir, and test images in 1000 folders"
-        )
-    classes = 1000 if folders else common.IN_MEMORY[args.dataset][2]
+        raise UserError("imagenet wants vgg16-397923af.pth in --data-dir, and test images in 1000 folders")
+    classes = 1000 if folders else common.IN_MEMORY[args.dataset][2] - s.first_class
     build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)
     build_f()  # a bad width fails here, not after an hour
     unseen = "pretrained50" if folders else "resnet18"
@@ -612,7 +627,7 @@ def main(argv=None):
     attack = Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def)
     settings = {"V": frozen_copy(V), "tau": s.tau, "T": energy["temperature"]}
     chain = partial(langevin, **settings)
-    soft_chain = partial(soft_langevin, smooth=common.smoothed(V, BETA), **settings)
+    path, back = partial(langevin_path, **settings), partial(pull_back, **settings)
     augment = "crop_flip" if data.shape[0] == 3 else "none"
     updates = 0 if folders else s.f_iters  # 0: torchvision's weights
     train = partial(common.train_classifier, run, data=data, iterations=updates, augment=augment)
@@ -623,28 +638,12 @@ def main(argv=None):
     perceptual = once(lambda: make_perceptual(vgg_file, f(), run.device))
     first = once(lambda: learn("mse", loss=F.mse_loss, epochs=s.mse_epochs, early=False))
     G = once(lambda: learn("fixer", loss=perceptual(), epochs=s.perceptual_epochs, start=first()))
-    midrun = once(lambda: Defence(f(), s.k, chain, soft_chain, run.chunk))
+    midrun = once(lambda: Defence(f(), s.k, chain, path, back, run.chunk))
     through = once(lambda: replace(midrun(), f=behind(G(), f())))
     around = once(lambda: replace(midrun(), chain=partial(chain_and_fixer, chain=chain, G=G())))
-    run.experiments(
-        EXPERIMENTS,
-        x=x,
-        y=y,
-        few=(x[: s.few], y[: s.few]),
-        x_many=x_many,
-        y_many=y_many,
-        attack=attack,
-        held=held,
-        learn=learn,
-        f=f,
-        other=other,
-        perceptual=perceptual,
-        first=first,
-        G=G,
-        midrun=midrun,
-        through=through,
-        around=around,
-    )
+    run.experiments(EXPERIMENTS, x=x, y=y, few=(x[: s.few], y[: s.few]), x_many=x_many, y_many=y_many,
+                    attack=attack, held=held, learn=learn, f=f, other=other, perceptual=perceptual,
+                    first=first, G=G, midrun=midrun, through=through, around=around)
 
 if __name__ == "__main__":
     common.call(main)

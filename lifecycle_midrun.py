@@ -55,58 +55,78 @@ from common import input_gradient, load_on_device, once, rate, repeat, seeded, v
 # --- settings -----------------------------------------------------------------------------------------------
 
 SETTINGS = common.settings(  # a row: a value for each column, then its help
-    columns=("glyphs", "mnist", "cifar10 tinyimagenet", "cifar10-paper", "imagenet imagenet-paper"),
+    columns=("glyphs", "mnist", "cifar10 tinyimagenet", "cifar10-paper", "imagenet imagenet-paper",
+             "cifar10-cpu"),
     smoke=dict(f_width=1, f_iters=3, u_iters=2, width=0.05, updates=6, batch=4, bank=8, k_train=2, k=3,
-               h_def=3, h_adv=2, n=2, n_last=1, last=2, images=8, few=4),
-    f_net=("small_cnn", "small_cnn", "wrn16", "wrn28", "efficientnet_b7", "natural classifier f"),
-    f_width=(1, 1, 4, 10, 1, "its width; of wrn the widening factor"),
-    f_iters=(300, 600, 6000, 50_000, 2000, "updates of f (not ImageNet's) and of table 4.1's classifier"),
-    f_sgd=(0.0, 0.0, 0.1, 0.1, 0.0, "rate of SGD, with random crops and flips; 0: Adam without them"),
-    net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "network of V"),
-    width=(0.5, 0.5, 0.5, 1.0, 1.0, "times its published channels"),
-    updates=(800, 1600, 6000, 150_000, 150_000, "updates of the energy"),
-    lr=(4e-4, 4e-4, 1e-4, 1e-4, 1e-4, "rate of Adam, at first"),
-    batch=(64, 64, 100, 128, 64, "data images, and as many chains, in an update"),
-    bank=(1024, 1024, 5000, 19_968, 9984, "states, a multiple of the batch"),
-    k_train=(20, 20, 50, 100, 100, "Langevin steps of an update"),
-    p=(0.05, 0.05, 0.05, 0.025, 0.05, "probability that a state is replaced after a visit"),
-    tau=(0.015, 0.015, 0.005, 0.005, 0.01, "noise of a Langevin step; half the source's"),
-    temperature=(1e-4, 1e-4, 1e-4, 1e-4, 1e-5, "T"),
-    data_noise=(0.03, 0.03, 0.01, 0.01, 0.015, "noise on the data in training; half the source's"),
-    k=(75, 100, 500, 2000, 200, "K: Langevin steps of the defence"),
-    h_def=(24, 24, 50, 128, 64, "chains of a verdict"),
-    h_adv=(6, 6, 8, 48, 24, "chains of an attack's gradient"),
-    n=(20, 20, 20, 50, 50, "N: steps of the attack"),
-    eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, "l_inf radius of the attack"),
-    step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, "length of the attack's step"),
-    last=(5, 5, 5, 10, 10, "last steps of the chain that a second attack differentiates"),
-    n_last=(6, 6, 10, 50, 50, "N of that attack, and in figures 3.3 and 3.4"),
-    images=(100, 100, 200, 5000, 10_000, "test images under attack; figure 3.1: up to 3 times as many"),
-    few=(50, 50, 100, 125, 125, "of these, in figures 3.3 and 3.4"),
-    other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "data set of table 4.1"),
-    u_iters=(1000, 1000, 3000, 50_000, 50_000, "updates of the U-Nets of table 4.2 and figure 3.4"),
+               h_def=3, h_adv=2, n=2, n_few=1, images=8, few=4),
+    first_class=(0, 0, 0, 0, 0, 6, "CIFAR-10 on a CPU: this class and those after it, four of ten"),
+    f_net=("small_cnn", "small_cnn", "wrn16", "wrn28", "efficientnet_b7", "small_cnn",
+           "natural classifier f"),
+    f_width=(1, 1, 4, 10, 1, 2, "its width; of wrn the widening factor"),
+    f_iters=(300, 600, 6000, 50_000, 2000, 2500,
+             "updates of f (not ImageNet's) and of table 4.1's classifier"),
+    f_sgd=(0.0, 0.0, 0.1, 0.1, 0.0, 0.0, "rate of SGD; 0: Adam"),
+    net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "light_ebm", "network of V"),
+    width=(0.5, 0.5, 0.5, 1.0, 1.0, 0.5, "times its published channels"),
+    updates=(800, 1600, 6000, 150_000, 150_000, 2000, "updates of the energy"),
+    lr=(4e-4, 4e-4, 4e-4, 1e-4, 1e-4, 1e-3, "rate of Adam, at first"),
+    batch=(64, 64, 100, 128, 64, 64, "data images, and as many chains, in an update"),
+    bank=(1024, 1024, 5000, 19_968, 9984, 1024, "states, a multiple of the batch"),
+    k_train=(20, 20, 25, 100, 100, 15, "Langevin steps of an update"),
+    p=(0.05, 0.05, 0.05, 0.025, 0.05, 0.15, "probability that a state is replaced after a visit"),
+    tau=(0.015, 0.015, 0.02, 0.005, 0.01, 0.02, "noise of a Langevin step; half the source's"),
+    temperature=(1e-4, 1e-4, 4e-4, 1e-4, 1e-5, 4e-4, "T"),
+    data_noise=(0.03, 0.03, 0.04, 0.01, 0.015, 0.04, "noise on the data in training; half the source's"),
+    k=(75, 100, 100, 2000, 200, 50, "K: Langevin steps of the defence"),
+    h_def=(24, 24, 50, 128, 64, 32, "chains of a verdict"),
+    h_adv=(6, 6, 8, 48, 24, 8, "chains of an attack's gradient"),
+    n=(20, 20, 20, 50, 50, 20, "N: steps of the attack"),
+    eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
+    step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
+    n_few=(6, 6, 10, 50, 50, 10, "N in figures 3.3 and 3.4"),
+    images=(100, 100, 200, 5000, 10_000, 100, "test images under attack; figure 3.1: up to 3 times as many"),
+    few=(50, 50, 100, 125, 125, 50, "of these, in figures 3.3 and 3.4"),
+    other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "cifar100", "data set of table 4.1"),
+    u_iters=(1000, 1000, 3000, 50_000, 50_000, 1000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )
-BETA = 20.0  # sharpness of a smooth stand-in for (leaky) ReLU, whose second derivative is 0 (soft_langevin)
+REACH = 1.0  # times tau: root mean square of the move that shows how a step depends on its start
 SIGMA = 0.01  # noise that the score network takes off, [0, 1] pixels
 ETA = SIGMA / 2  # noise of a step of its chains
 
 # --- Langevin sampling, and chains of a score ---------------------------------------------------------------
 
+def downhill(x, V, tau, T):
+    """A step without its noise: x - tau^2/(2T) grad V(x). [B, C, S, S] -> same."""
+    return x - tau**2 / (2 * T) * input_gradient(V, x)
+
 def langevin_step(x, V, tau, T):
     """Eq. 2.3: x - tau^2/(2T) grad V(x) + tau z, z ~ N(0, I); never clamped. [B, C, S, S] -> same."""
-    return x - tau**2 / (2 * T) * input_gradient(V, x) + tau * torch.randn_like(x)
+    return downhill(x, V, tau, T) + tau * torch.randn_like(x)
 
 def langevin(x, steps, V, tau, T):
     """A chain of `steps` Langevin steps from each image [B, C, S, S] -> its end."""
     return repeat(langevin_step, x, steps, V, tau, T)
 
-def soft_langevin(x, steps, V, smooth, tau, T):
-    """The same chain with a derivative: values are those of V, derivatives those of its smooth stand-in."""
+def langevin_path(x, steps, V, tau, T):
+    """The same chain -> its end, and the way there: each state, and where downhill() leads from it."""
+    path = []
     for _ in range(steps):
-        (slope,) = torch.autograd.grad(smooth(x).float().sum(), x, create_graph=True)
-        soft = x - tau**2 / (2 * T) * slope
-        x = soft + (langevin_step(x, V, tau, T) - soft).detach()  # the true value, soft's derivative
-    return x
+        lower = repeat(downhill, x, 1, V, tau, T)
+        path.append((x, lower))
+        x = lower + tau * torch.randn_like(x)
+    return x, path
+
+def step_back(v, x, lower, V, tau, T):
+    """v times the derivative of downhill() at x: how much farther it leads from x + length v, per length."""
+    size = v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30).view(-1, 1, 1, 1)
+    length = REACH * tau / size
+    return (downhill(x + length * v, V, tau, T) - lower) / length
+
+def pull_back(v, path, V, tau, T):
+    """The gradient v of a loss at the end of chains -> its gradient at their starts: the chain rule."""
+    for x, lower in reversed(path):
+        v = repeat(step_back, v, 1, x, lower, V, tau, T)
+    return v
 
 def score_step(x, net):
     """Sec. 3.2.4: x + eta^2/2 S(x) + eta z, S = net / sigma, in float32 (bfloat16 would round too much)."""
@@ -230,9 +250,7 @@ class LInf(NamedTuple):
     def start(self, x):
         """A uniform draw from the ball around x [B, C, S, S], which must be in [0, 1]."""
         if x.min() < 0 or x.max() > 1:
-            raise ValueError(
-                f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]"
-            )
+            raise ValueError(f"an attack wants images in [0, 1]; got [{x.min():.3g}, {x.max():.3g}]")
         return (x + self.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
 
     def ascend(self, x, x0, gradient):
@@ -243,9 +261,7 @@ class LInf(NamedTuple):
 def pgd_step(x, f, x0, y, ball):
     """A step up the cross-entropy of f."""
     with fast_precision(x.device):
-        gradient = input_gradient(
-            lambda x: F.cross_entropy(f(x).float(), y, reduction="none"), x
-        )
+        gradient = input_gradient(lambda x: F.cross_entropy(f(x).float(), y, reduction="none"), x)
     return ball.ascend(x, x0, gradient)
 
 def pgd(f, x, y, steps, ball):
@@ -268,7 +284,8 @@ class Defence:
     f: nn.Module
     K: int = 0  # without chains, all H would be equal: H = 1
     chain: object = stay  # chain(x, steps): ends of chains
-    soft_chain: object = stay  # the same with a derivative
+    path: object = None  # path(x, steps): ends of chains, and the way there
+    back: object = None  # back(v, way): a gradient at the ends, carried to the starts
     chunk: int = 250
 
     def purify(self, x, H, steps):
@@ -291,17 +308,22 @@ class Defence:
         """argmax F_H with H fresh chains -> classes [B]."""
         return self.logits(x, H).mean(0).argmax(1)
 
-    def gradient(self, x, y, H, last=0):
-        """Eq. 3.3: F_H [B, classes], its loss' gradient; last: chain steps it goes back through, 0: BPDA."""
+    def gradient(self, x, y, H, whole=False):
+        """Eq. 3.3: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H, 1)
+        size = max(self.chunk // H // (1 + whole * self.K // 200), 1)  # the way back keeps all states
         for part, labels in zip(x.split(size), y.split(size)):
-            z = self.purify(part, H, self.K - last).requires_grad_(True)
+            if whole:
+                ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
+            else:
+                ends = self.purify(part, H, self.K)
+            ends.requires_grad_(True)
             with torch.enable_grad(), fast_precision(x.device):
-                ends = self.soft_chain(z, last)
                 F_H = self.f(ends).float().unflatten(0, (H, len(part))).mean(0)
-            (gradient,) = torch.autograd.grad(self.loss(F_H, labels), z)
+            (gradient,) = torch.autograd.grad(self.loss(F_H, labels), ends)
+            if whole:
+                gradient = self.back(gradient, way)
             logits.append(F_H.detach())
             gradients.append(gradient.unflatten(0, (H, len(part))).sum(0))
         return torch.cat(logits), torch.cat(gradients)
@@ -315,13 +337,13 @@ class Defence:
         return prediction == y
 
 class Attack(NamedTuple):
-    """Settings of Algorithm 3. last: as in Defence.gradient."""
+    """Settings of Algorithm 3. whole: as in Defence.gradient."""
     ball: object
     N: int
     H_adv: int
     H_def: int
     restarts: int = 1
-    last: int = 0
+    whole: bool = False
 
 class Outcome(NamedTuple):
     """Of an attack on n images."""
@@ -355,7 +377,7 @@ def eot_attack(run, defence, x0, y, attack):
         if len(alive):
             if t % period == 1:
                 x[alive] = attack.ball.start(x0)[alive]  # starts do not depend on who is alive
-            logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.last)
+            logits, gradient = defence.gradient(x[alive], y[alive], attack.H_adv, attack.whole)
             broken = alive[~defence.right(logits.argmax(1), y[alive])]
             if len(broken):  # fresh chains have the last word
                 verdict = defence.predict(x[broken], attack.H_def)
@@ -370,10 +392,9 @@ def eot_attack(run, defence, x0, y, attack):
     return Outcome(record[0], record[-1], record, x, attack)
 
 def chains_of(s, V):
-    """Chains of the energy as a defence runs them, and the same with a derivative."""
+    """Chains of the energy as a defence runs them, the same with their way, and their derivative."""
     settings = {"V": frozen_copy(V), "tau": s.tau, "T": s.temperature}
-    smooth = common.smoothed(V, BETA)
-    return partial(langevin, **settings), partial(soft_langevin, smooth=smooth, **settings)
+    return [partial(function, **settings) for function in (langevin, langevin_path, pull_back)]
 
 class Task(NamedTuple):
     """What is attacked: a defended network, its images [n, C, S, S], and what it is to say of them."""
@@ -437,14 +458,7 @@ def rates(title, outcome, **beside):
     a = outcome.attack
     return [
         rate(f"natural acc{title}", outcome.natural, **beside),
-        rate(
-            f"robust acc{title}",
-            outcome.robust,
-            eps=a.ball.eps,
-            N=a.N,
-            H_adv=a.H_adv,
-            **beside,
-        ),
+        rate(f"robust acc{title}", outcome.robust, eps=a.ball.eps, N=a.N, H_adv=a.H_adv, **beside),
     ]
 
 def attacked(run, s, task, attack, name):
@@ -454,11 +468,11 @@ def attacked(run, s, task, attack, name):
     transferred = pgd(defence.f, x, labels, s.n, attack.ball)
     bare = eot_attack(run, replace(defence, K=0), x, y, attack._replace(H_adv=1, H_def=1))
     bpda = eot_attack(run, defence, x, y, attack)
-    through = eot_attack(run, defence, x, y, attack._replace(N=s.n_last, last=s.last))
+    whole = eot_attack(run, defence, x, y, attack._replace(whole=True))
     transfer = defence.right(defence.predict(transferred, s.h_def), y)
-    worst = bpda.robust & through.robust & transfer
+    worst = bpda.robust & whole.robust & transfer
     rows = rates(", no defence", bare) + rates(", BPDA+EOT", bpda, K=s.k)
-    rows += rates(", through the last steps", through, last=s.last)
+    rows += rates(", whole chain", whole)[1:]
     rows.append(rate("robust acc, transfer PGD", bpda.natural & transfer, eps=s.eps, N=s.n))
     rows.append(rate("robust acc, worst of these", worst, eps=s.eps))
     sets, pictures = {"natural": x, "transfer PGD": transferred, "BPDA+EOT": bpda.x}, {}
@@ -475,12 +489,12 @@ def table_3_1(run, s, task, attack):
 def table_3_3(run, s, task, attack):
     """Table 3.1's attack with four times the steps and a third more chains, on the same images."""
     plain = eot_attack(run, *task, attack)
+    whole = eot_attack(run, *task, attack._replace(whole=True))
     stronger = attack._replace(N=4 * s.n, H_adv=round(4 / 3 * s.h_adv))
     outcome = eot_attack(run, *task, stronger)
     rows = rates(", stronger BPDA+EOT", outcome)
-    return rows + [
-        rate("robust acc, either attack", plain.robust & outcome.robust, eps=s.eps)
-    ]
+    worst = plain.robust & whole.robust & outcome.robust
+    return rows + [rate("robust acc, worst with table 3.1's", worst, eps=s.eps)]
 
 def table_4_1(run, s, other_task, attack):
     """The same energy, unchanged, before a classifier of classes that it never saw."""
@@ -541,15 +555,13 @@ def figure_3_2(run, s, midrun):
     for visits in common.multiples(most, (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)):
         steps = visits * s.k_train
         rows.append(rate("share of this age or older, bank", midrun[1] >= steps, steps=steps))
-        rows.append(
-            value("share of this age or older, law", (1 - s.p) ** visits, steps=steps)
-        )
+        rows.append(value("share of this age or older, law", (1 - s.p) ** visits, steps=steps))
     run.lines("figure3.2", rows, "steps")
     return [*rows, value("mean age in steps, bank", midrun[1].float().mean().item())]
 
 def against_steps(run, s, task, attack, name, factors, chain, tau):
     """Accuracy against K = factor * n: n steps of noise tau add as much noise as the defence's chain."""
-    attack = attack._replace(N=s.n_last, H_adv=(s.h_adv + 1) // 2)
+    attack = attack._replace(N=s.n_few, H_adv=(s.h_adv + 1) // 2)
     rows, pictures = [], {"natural": task.x[:16]}
     for K in common.multiples(s.k * s.tau**2 / tau**2, factors):
         defence = replace(task.defence, K=K, chain=chain)
@@ -563,9 +575,7 @@ def against_steps(run, s, task, attack, name, factors, chain, tau):
 def figure_3_3(run, s, task, attack):
     """Natural and robust accuracy against K."""
     factors = 1 / 10, 1 / 3, 1, 2, 5
-    return against_steps(
-        run, s, task, attack, "figure3.3", factors, task.defence.chain, s.tau
-    )
+    return against_steps(run, s, task, attack, "figure3.3", factors, task.defence.chain, s.tau)
 
 def figure_3_4(run, s, task, attack, score):
     """The same of the score network's chains."""
@@ -583,15 +593,11 @@ EXPERIMENTS = common.experiments(
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
-    common.at_least(
-        1, s, "f_iters u_iters updates batch bank k_train k h_def h_adv n n_last images few"
-    )
+    common.at_least(1, s, "f_iters u_iters updates batch bank k_train k h_def h_adv n n_few images few")
     common.above_0(s, "p tau temperature width f_width")
     common.check_radius(s.eps)
     if s.p > 1 or s.bank % s.batch:
         raise UserError("--p is a probability, --bank a multiple of --batch")
-    if s.last > s.k:
-        raise UserError("--last must be at most --k")
     return args
 
 def main(argv=None):
@@ -613,7 +619,7 @@ def main(argv=None):
     def mask_task():
         masks = digits_among(args, data, "train"), digits_among(args, test, "test")
         return segmentation_task(run, learned("unet", UNet, *masks, s.u_iters, Segmenter))
-    options = {"sgd": s.f_sgd, "augment": "crop_flip" if s.f_sgd else "none"}
+    options = {"sgd": s.f_sgd, "augment": "crop_flip" if data.shape[0] == 3 else "none"}
     f_net, f_iters = partial(common.make_net, s.f_net, width=s.f_width), s.f_iters
     other_net = f_net
     if name == "imagenet":  # f has torchvision's weights
@@ -629,9 +635,7 @@ def main(argv=None):
         midrun=midrun,
         attack=Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def),
         task=task,
-        other_task=once(
-            lambda: learned("f-other", other_net, *others(), s.f_iters, **options)
-        ),
+        other_task=once(lambda: learned("f-other", other_net, *others(), s.f_iters, **options)),
         mask_task=once(mask_task),
         score=once(lambda: train_score(run, s, data)),
         features=once(lambda: common.feature_network(data, args.data_dir, f)),

@@ -314,13 +314,45 @@ def test_parameter_counts_and_shapes(net, parameters, shape):
                 2, getattr(getattr(net, "head", None), "out_features", 1))
 
 
-def test_smoothed_replaces_every_relu_of_an_energy():
-    V, x = common.SNGANEnergy(0.05, 1, 1, 28), torch.rand(2, 1, 28, 28)
-    assert torch.allclose(common.smoothed(V, 1e5)(x), V(x), atol=1e-5)
-    assert (common.smoothed(V, 1.0)(x) - V(x)).abs().min() > 1e-5
-    kinds = [type(m).__name__ for m in common.smoothed(V, 5).modules()]
-    assert "ReLU" not in kinds and kinds.count("SmoothLeakyReLU") == 8
-    assert sum(isinstance(m, torch.nn.ReLU) for m in V.modules()) == 8          # the original keeps its own
+def test_gaussian_energy_is_minus_the_log_density_of_noisy_images():
+    """Up to a constant, times T; the gradient of a Gaussian's energy is precision (x - mean)."""
+    torch.manual_seed(2)
+    pixels = torch.randint(0, 256, (50, 1, 3, 3)).byte()
+    V = common.GaussianEnergy(common.Images(pixels, torch.zeros(50), "some"), 0.1, T=0.5)
+    flat = pixels.flatten(1).double() / 255
+    covariance = torch.cov(flat.T) + 0.01 * torch.eye(9)
+    normal = torch.distributions.MultivariateNormal(flat.mean(0), covariance)
+    x = torch.rand(4, 1, 3, 3)
+    found, true = V(x), -0.5 * normal.log_prob(x.flatten(1).double())[:, None]
+    assert found.shape == (4, 1) and torch.allclose(found - found[0], (true - true[0]).float(), atol=1e-3)
+
+
+def test_images_from_a_class_on_count_their_classes_anew():
+    images = common.Images(torch.arange(6).view(6, 1, 1, 1).byte(), torch.tensor([0, 3, 2, 1, 3, 2]), "some")
+    kept = images.from_class(2)
+    assert kept.x.flatten().tolist() == [1, 2, 4, 5] and kept.y.tolist() == [1, 0, 1, 0] and kept.name == "some"
+
+
+def test_train_and_test_have_the_classes_of_the_setting():
+    args = SimpleNamespace(dataset="glyphs", data_dir="data", device="cpu", settings=SimpleNamespace(first_class=7))
+    whole = common.load_images("glyphs", "test")
+    data, test = common.train_and_test(args, 4, 4)
+    assert data.y.unique().tolist() == test.y.unique().tolist() == [0, 1, 2]
+    assert torch.equal(test.x, whole.x[whole.y >= 7])
+    args.settings.first_class = 0
+    assert len(common.train_and_test(args, 4, 4)[1]) == len(whole)
+
+
+def test_without_a_gpu_the_budget_is_cpu_where_there_is_one(monkeypatch, capsys):
+    table = common.settings(("glyphs", "cifar10", "cifar10-cpu"), {}, k=(1, 2, 3, "K"))
+    for flags, k, budget in (((), 1, "quick"), (("--dataset", "cifar10"), 3, "cpu"),
+                             (("--dataset", "cifar10", "--budget", "quick"), 2, "quick")):
+        args = common.parse_args("", table, {}, [*flags, "--device", "cpu"])
+        said = capsys.readouterr().out
+        assert (args.settings.k, args.budget) == (k, budget) and said.count("\n") == (budget == "cpu")
+    monkeypatch.setattr(common, "_device", lambda name: "cuda")
+    args = common.parse_args("", table, {}, ["--dataset", "cifar10"])
+    assert (args.settings.k, args.budget) == (2, "quick")
 
 
 def test_pretrained_network_keeps_or_replaces_its_head(monkeypatch):

@@ -484,14 +484,14 @@ def defences(f=None):
 def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
     """Six images; the last is wrong unattacked, each attack breaks another one, PGD images of f and of f behind G too."""
     f, G, midrun, through, around = defences()
-    s = settings(n=20, n_last=7, last=2, h_def=24)
+    s = settings(n=20, h_def=24)
     x, y = torch.rand(6, 1, 2, 2), torch.arange(6)
     natural = [1, 1, 1, 1, 1, 0]
-    broken = [(midrun, 0, 0), (midrun, 2, 1), (through, 0, 0), (around, 0, 1), (through, 2, 2)]
+    broken = [(midrun, False, 0), (midrun, True, 1), (through, False, 0), (around, False, 1), (through, True, 2)]
 
     def judge(defence, a):
-        for other, last, image in broken:
-            if (other.f, other.chain, last) == (defence.f, defence.chain, a.last):
+        for other, whole, image in broken:
+            if (other.f, other.chain, whole) == (defence.f, defence.chain, a.whole):
                 return natural, [int(i != image) for i in range(6)]
         return natural, [0] * 6  # without chains all are broken
     asked = fake_attack(monkeypatch, judge)
@@ -518,7 +518,7 @@ def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
     for title, worst in (("mid-run", 1), ("Fixer", 0)):
         assert rows[f"natural acc, {title}"] == pytest.approx(5 / 6)
         assert rows[f"robust acc, {title}, worst of these"] == pytest.approx(worst / 6)
-        for name in ("PGD images of f", "PGD images of f behind G", "through the last steps"):
+        for name in ("PGD images of f", "PGD images of f behind G", "whole chain"):
             assert rows[f"robust acc, {title}, {name}"] == pytest.approx(4 / 6)
     for name in ("mid-run, BPDA+EOT", "Fixer, BPDA+EOT through G", "Fixer, BPDA+EOT around G, T"):
         assert rows[f"robust acc, {name}"] == pytest.approx(4 / 6)
@@ -532,9 +532,9 @@ def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
         if call.defence.K == 0:
             assert call.a == ATTACK._replace(H_adv=1, H_def=1)
         else:
-            assert call.a == (ATTACK if not call.a.last else ATTACK._replace(N=7, last=2))
-    with_last = [call.defence for call in asked if call.a.last]
-    assert with_last[0] is midrun and with_last[1] is through
+            assert call.a == (ATTACK if not call.a.whole else ATTACK._replace(whole=True))
+    by_chain = [call.defence for call in asked if call.a.whole]
+    assert by_chain[0] is midrun and by_chain[1] is through
     assert {row["n"] for row in found} == {6} and {row["eps"] for row in found if "robust" in row["quantity"]} == {s.eps}
 
 
@@ -545,14 +545,14 @@ def test_table_5_1_without_a_mistake_of_any_attack_is_no_copy(run, monkeypatch):
     def judge(defence, a):
         if not defence.K:
             return [1] * 4, [0] * 4
-        shown = 1 if a.last else 3 if defence.chain is not noisy else 2
+        shown = 1 if a.whole else 3 if defence.chain is not noisy else 2
         return [1] * 4, [1] * shown + [0] * (4 - shown)
     fake_attack(monkeypatch, judge)
     monkeypatch.setattr(fixer, "pgd", lambda *a: torch.zeros(4))
     monkeypatch.setattr(Defence, "predict", lambda self, x, H: torch.zeros(4).long())
     rows = rows_of(fixer.table_5_1(run, settings(), f, midrun, through, around, torch.zeros(4), torch.zeros(4), ATTACK))
     assert rows["robust acc, Fixer, BPDA+EOT through G"] == 0.5 and rows["robust acc, Fixer, BPDA+EOT around G, T"] == 0.75
-    assert rows["robust acc, Fixer, through the last steps"] == rows["robust acc, mid-run, worst of these"] == 0.25
+    assert rows["robust acc, Fixer, whole chain"] == rows["robust acc, mid-run, worst of these"] == 0.25
     assert rows["robust acc, Fixer, PGD images of f"] == 1
 
 
@@ -604,7 +604,7 @@ def test_figure_5_3_runs_all_steps_and_takes_root_mean_squares(run, monkeypatch)
     through = Defence(Blend(0.5), 3, lambda x, steps: x + steps * pattern / 3)
     fake_attack(monkeypatch, lambda defence, a: ([1] * 4, [1] * 4))  # adds .5
     monkeypatch.setattr(fixer, "outputs", lambda net, x: torch.zeros(4, 2) if net == "f" else x)
-    rows = rows_of(fixer.figure_5_3(run, settings(k=3, last=1), "f", "G", through, torch.zeros(4, 1, 2, 2), torch.zeros(4), ATTACK))
+    rows = rows_of(fixer.figure_5_3(run, settings(k=3), "f", "G", through, torch.zeros(4, 1, 2, 2), torch.zeros(4), ATTACK))
     expected = (pattern + 0.5).square().mean().sqrt().item()
     assert rows["root mean square of purified - natural"] == pytest.approx(expected)
 
@@ -624,6 +624,8 @@ def test_stronger_attacks_are_those_they_are_called(run, monkeypatch):
             robust[0] = 0
         if kind == "through" and way == (1, 80, 0.025):
             robust[1] = 0
+        if kind == "through" and a.whole:
+            robust[3] = 0
         if kind == "around" and way == (1, 40, 0.00625):
             robust[2] = 0
         return [1] * 5, robust
@@ -632,12 +634,14 @@ def test_stronger_attacks_are_those_they_are_called(run, monkeypatch):
     found = fixer.stronger(run, s, midrun, through, around, few, ATTACK)
     rows = rows_of(found)
     ways = {(call.a.restarts, call.a.N, call.a.ball.step) for call in asked}
-    assert ways == {(3, 20, 0.025), (1, 80, 0.025), (1, 40, 0.00625)} and len(asked) == 9
-    assert {call.a.ball.eps for call in asked} == {0.1} and sorted(order) == ["around"] * 3 + ["mid-run"] * 3 + ["through"] * 3
+    assert ways == {(3, 20, 0.025), (1, 80, 0.025), (1, 40, 0.00625)} and len(asked) == 11
+    assert {call.a.ball.eps for call in asked} == {0.1} and sorted(order) == ["around"] * 3 + ["mid-run"] * 4 + ["through"] * 4
     assert all(call.x is few[0] and call.y is few[1] for call in asked)
-    assert [rows[f"robust acc, mid-run, {way}"] for way in ("restarts", "more steps", "small steps", "worst of these")] == [0.8] * 4
-    assert [rows[f"robust acc, Fixer, {way}"] for way in ("restarts", "more steps", "small steps", "worst of these")] == [
-        1, 0.8, 0.8, 0.6]
+    names = ("restarts", "more steps", "small steps", "whole chain, small steps", "worst of these")
+    assert [rows[f"robust acc, mid-run, {way}"] for way in names] == [0.8] * 5
+    assert [rows[f"robust acc, Fixer, {way}"] for way in names] == pytest.approx([1, 0.8, 0.8, 0.8, 0.4])
+    whole = [call.a for call in asked if call.a.whole]
+    assert whole == [ATTACK._replace(N=40, ball=LInf(0.1, 0.00625), whole=True)] * 2
     assert {row["quantity"].split(", ")[-1]: row["N"] for row in found if "N" in row} == {
         "restarts": 20, "more steps": 80, "small steps": 40}
 
@@ -914,18 +918,15 @@ def wired(tmp_path, monkeypatch):
 
 
 def test_the_defences_are_made_of_the_energy_g_and_f(wired):
-    have, trained = wired("--tau", 0.02, "--k", 4, "--last", 3, "--chunk", 9, temperature=3e-4)
-    chain = have.midrun.chain
+    have, trained = wired("--tau", 0.02, "--k", 4, "--chunk", 9, temperature=3e-4)
+    chain, path, back = have.midrun.chain, have.midrun.path, have.midrun.back
     assert chain.func is fixer.langevin and chain.keywords["tau"] == 0.02 and chain.keywords["T"] == 3e-4
-    soft = have.midrun.soft_chain
-    assert soft.func is fixer.soft_langevin and {k: v for k, v in soft.keywords.items() if k != "smooth"} == chain.keywords
-    x, V = torch.rand(2, 1, 28, 28), chain.keywords["V"]
-    smooth = common.smoothed(V, 20.0)(x).float()
-    assert (soft.keywords["smooth"](x) - smooth).abs().max() < 0.2 * (V(x).float() - smooth).abs().max()  # but for rounding
+    assert path.func is fixer.langevin_path and back.func is fixer.pull_back
+    assert path.keywords == back.keywords == chain.keywords
     assert (have.midrun.K, have.midrun.chunk, have.midrun.f) == (4, 9, have.f) and have.f is trained["f"]["net"]
     G = trained["fixer"]["net"]
     assert have.G is G and [*have.through.f] == [G, have.f]
-    assert (have.through.chain, have.through.soft_chain, have.through.K) == (chain, soft, 4)
+    assert (have.through.chain, have.through.path, have.through.back, have.through.K) == (chain, path, back, 4)
     assert have.around.f is have.f and have.around.K == 4 and have.around.chain.func is chain_and_fixer
     assert have.around.chain.keywords == {"chain": chain, "G": G}
     assert have.other is trained["other"]["net"] and have.other is not have.f
@@ -1046,7 +1047,7 @@ def test_labels_of_a_folder_are_ranks_among_all_its_folders(tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--eps", "-1"), "--eps"), (("--eps", "8"), "--eps"), (("--tau", "0"), "--tau"), (("--last", "500"), "--last"),
+    (("--eps", "-1"), "--eps"), (("--eps", "8"), "--eps"), (("--tau", "0"), "--tau"),
     (("--batch", "1"), "--batch"), (("--batch", "9", "--pairs", "8"), "--pairs"), (("--images", "9", "--natural", "8"), "--natural"),
     (("--patience", "0"), "--patience"), (("--mse-epochs", "0"), "--mse-epochs"), (("--few", "0"), "--few"),
     (("--f-net", "nothing"), "nothing"), (("--pairs", "10000"), "--pairs"), (("--natural", "2001"), "--natural"),

@@ -240,29 +240,13 @@ def test_the_defence_has_the_noise_and_the_temperature_of_training(exact):
             return self.one * x.square().flatten(1).sum(1, keepdim=True) / 2
     s = settings(tau=0.1, temperature=0.02)
     x = torch.full((500, 1, 4, 4), 2.0)
-    chain, soft = lm.chains_of(s, Square())
-    for kind in (chain, soft):
-        end = kind(x.clone().requires_grad_(True), 1).detach()
+    chain, path, back = lm.chains_of(s, Square())
+    for kind in (chain, lambda x, steps: path(x, steps)[0]):
+        end = kind(x, 1)
         assert end.mean().item() == pytest.approx(2 * (1 - 0.01 / 0.04), abs=5 * 0.1 / math.sqrt(8000))
         assert end.std().item() == pytest.approx(0.1, rel=0.05)
-
-
-def test_the_second_attack_goes_back_through_a_smooth_stand_in_with_the_true_values(exact):
-    V = common.make_net("light_ebm", 1, (1, 28, 28), 0.125)
-    with torch.no_grad():
-        for parameter in V.parameters():
-            parameter.mul_(3)
-    chain, soft = lm.chains_of(settings(tau=0.05, temperature=1e-3), V)
-    assert any(isinstance(m, common.SmoothLeakyReLU) for m in soft.keywords["smooth"].modules())
-    assert all(m.beta == 20 for m in soft.keywords["smooth"].modules() if isinstance(m, common.SmoothLeakyReLU))
-    x = torch.rand(3, 1, 28, 28).requires_grad_(True)
-    torch.manual_seed(5)
-    end = chain(x, 2)
-    torch.manual_seed(5)
-    through = soft(x, 2)
-    assert torch.allclose(through, end, atol=1e-6)
-    gradient, = torch.autograd.grad((through * torch.linspace(-1, 1, 784).view(28, 28)).sum(), x)
-    assert not torch.allclose(gradient, torch.linspace(-1, 1, 784).view(28, 28).expand_as(gradient), atol=1e-5)
+    v = torch.randn_like(x)
+    assert torch.allclose(back(v, path(x, 2)[1]), v * (1 - 0.01 / 0.04) ** 2, atol=1e-2)
 
 
 def test_the_score_chain_samples_a_known_gaussian():
@@ -313,40 +297,40 @@ def test_a_u_net_returns_a_map_and_looks_at_all_scales(channels, side, levels):
 # --- the attack of this script ---
 
 
-def test_the_attack_asks_for_the_chains_and_the_last_steps_that_it_was_told(run):
+def test_the_attack_asks_for_the_chains_and_the_gradient_that_it_was_told(run):
     asked = []
 
     class Recording(Defence):
-        def gradient(self, x, y, H, last=0):
-            asked.append((H, last))
+        def gradient(self, x, y, H, whole=False):
+            asked.append((H, whole))
             return torch.nn.functional.one_hot(y, 10).float(), torch.ones_like(x)
 
         def predict(self, x, H):
             asked.append(H)
             return torch.zeros(len(x), dtype=torch.long)
     f = nn.Linear(1, 1)
-    lm.eot_attack(run, Recording(f, 3), torch.rand(2, 1, 4, 4), torch.zeros(2).long(), Attack(BALL, 2, 5, 9, 1, 3))
-    assert asked == [9, (5, 3), (5, 3), (5, 3)]
+    lm.eot_attack(run, Recording(f, 3), torch.rand(2, 1, 4, 4), torch.zeros(2).long(), Attack(BALL, 2, 5, 9, 1, True))
+    assert asked == [9, (5, True), (5, True), (5, True)]
 
 
-def test_the_gradient_averages_all_chains_and_stops_before_the_last_steps(exact):
+def test_the_gradient_averages_all_chains_and_goes_back_through_them(exact):
     f, asked_for = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), []
     shifts = torch.tensor([-0.3, 0.0, 0.4])
 
-    def chain(x, steps):
+    def path(x, steps):
         asked_for.append(steps)
-        return x + shifts.repeat_interleave(2).view(-1, 1, 1, 1)
+        return x + shifts.repeat_interleave(2).view(-1, 1, 1, 1), "way"
 
-    def soft(x, steps):
-        asked_for.append(steps)
-        return 2 * x
+    def back(v, way):
+        asked_for.append(way)
+        return 2 * v
     x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 2])
-    F_H, gradient = Defence(f, 7, chain, soft).gradient(x, y, 3, last=2)
-    assert asked_for == [5, 2]
+    F_H, gradient = Defence(f, 7, None, path, back).gradient(x, y, 3, whole=True)
+    assert asked_for == [7, "way"]
     states = [(x + shift).requires_grad_(True) for shift in shifts]
-    mean = torch.stack([f(2 * state) for state in states]).mean(0)
+    mean = torch.stack([f(state) for state in states]).mean(0)
     each = torch.autograd.grad(F.cross_entropy(mean, y, reduction="sum"), states)
-    assert torch.allclose(F_H, mean, atol=1e-6) and torch.allclose(gradient, torch.stack(each).sum(0), atol=1e-6)
+    assert torch.allclose(F_H, mean, atol=1e-6) and torch.allclose(gradient, 2 * torch.stack(each).sum(0), atol=1e-6)
 
 
 def test_pgd_starts_at_random_and_climbs(exact):
@@ -542,38 +526,38 @@ def test_attacked_reports_each_attack_and_the_worst(run, monkeypatch):
     x, y = torch.zeros(n, 1, 2, 2), torch.ones(n).long()
     transferred = torch.tensor([0.0, 0.0, 0.0, 0.3, 0.0]).view(n, 1, 1, 1).expand(n, 1, 2, 2)
     planted = {  # K, last: natural, robust
-        (0, 0): (bools(1, 1, 1, 1, 1), bools(0, 0, 0, 0, 1)),
-        (7, 0): (bools(1, 1, 1, 1, 0), bools(1, 1, 0, 1, 0)),
-        (7, 2): (bools(1, 1, 1, 1, 0), bools(1, 0, 1, 1, 0))}
+        (0, False): (bools(1, 1, 1, 1, 1), bools(0, 0, 0, 0, 1)),
+        (7, False): (bools(1, 1, 1, 1, 0), bools(1, 1, 0, 1, 0)),
+        (7, True): (bools(1, 1, 1, 1, 0), bools(1, 0, 1, 1, 0))}
     adversary = {key: torch.full_like(x, 0.1 * i) for i, key in enumerate(planted)}
 
     def attack(run_, defence, x_, y_, a):
         assert torch.equal(x_, x) and torch.equal(y_, y) and isinstance(defence, Stub)
         calls.append((defence.K, a))
-        return outcome_of(*planted[defence.K, a.last], a, adversary[defence.K, a.last])
+        return outcome_of(*planted[defence.K, a.whole], a, adversary[defence.K, a.whole])
 
     def pgd(f, x_, y_, steps, ball):
         assert f == "f" and torch.equal(x_, x) and torch.equal(y_, y) and (steps, ball) == (20, BALL)
         return transferred
     monkeypatch.setattr(lm, "eot_attack", attack)
     monkeypatch.setattr(lm, "pgd", pgd)
-    s = settings(k=7, h_def=24, n=20, n_last=4, last=2, eps=0.1)
+    s = settings(k=7, h_def=24, n=20, eps=0.1)
     task = Task(Stub("f", 7, lambda x, steps: x + 0.01 * steps), x, y)
     rows, sets = lm.attacked(run, s, task, ATTACK, "name")
-    assert calls == [(0, ATTACK._replace(H_adv=1, H_def=1)), (7, ATTACK), (7, ATTACK._replace(N=4, last=2))]
+    assert calls == [(0, ATTACK._replace(H_adv=1, H_def=1)), (7, ATTACK), (7, ATTACK._replace(whole=True))]
     assert asked == [(7, 24)]
     assert {name: images is expected for (name, images), expected in zip(
-        sets.items(), (x, transferred, adversary[7, 0]))} == {"natural": True, "transfer PGD": True, "BPDA+EOT": True}
-    n_of = {row["quantity"]: (row["value"], row.get("N"), row.get("K"), row.get("last")) for row in rows}
+        sets.items(), (x, transferred, adversary[7, False]))} == {"natural": True, "transfer PGD": True, "BPDA+EOT": True}
+    n_of = {row["quantity"]: (row["value"], row.get("N"), row.get("K")) for row in rows}
     assert n_of == {
-        "natural acc, no defence": (1, None, None, None), "robust acc, no defence": (0.2, 20, None, None),
-        "natural acc, BPDA+EOT": (0.8, None, 7, None), "robust acc, BPDA+EOT": (0.6, 20, 7, None),
-        "natural acc, through the last steps": (0.8, None, None, 2), "robust acc, through the last steps": (0.6, 4, None, 2),
-        "robust acc, transfer PGD": (0.6, 20, None, None),  # right and naturally so: the first three
-        "robust acc, worst of these": (0.2, None, None, None)}  # the first alone survives all
+        "natural acc, no defence": (1, None, None), "robust acc, no defence": (0.2, 20, None),
+        "natural acc, BPDA+EOT": (0.8, None, 7), "robust acc, BPDA+EOT": (0.6, 20, 7),
+        "robust acc, whole chain": (0.6, 20, None),
+        "robust acc, transfer PGD": (0.6, 20, None),  # right and naturally so: the first three
+        "robust acc, worst of these": (0.2, None, None)}  # the first alone survives all
     pictures = run.shown["name"]
-    assert torch.equal(pictures["BPDA+EOT"], adversary[7, 0]) and torch.equal(pictures["natural"], x)
-    assert torch.allclose(pictures["BPDA+EOT, 7 steps later"], adversary[7, 0] + 0.07)
+    assert torch.equal(pictures["BPDA+EOT"], adversary[7, False]) and torch.equal(pictures["natural"], x)
+    assert torch.allclose(pictures["BPDA+EOT, 7 steps later"], adversary[7, False] + 0.07)
 
 
 def test_the_transfer_attack_alone_can_be_the_worst(run, monkeypatch):
@@ -605,17 +589,19 @@ def test_tables_3_1_and_4_1_are_the_same_of_their_tasks(run, monkeypatch):
 
 
 def test_table_3_3_attacks_longer_with_more_chains_and_broken_stays_broken(run, monkeypatch):
-    planted = {20: (bools(1, 1, 1, 0), bools(1, 1, 0, 0)), 80: (bools(1, 1, 1, 1), bools(1, 0, 1, 1))}
+    planted = {(20, False): (bools(1, 1, 1, 0, 1), bools(1, 1, 0, 0, 1)), (80, False): (bools(1, 1, 1, 1, 1), bools(1, 0, 1, 1, 1)),
+               (20, True): (bools(1, 1, 1, 1, 1), bools(1, 1, 1, 1, 0))}
     seen = []
 
     def attack(run_, defence, x, y, a):
         seen.append((defence, x, y, a))
-        return outcome_of(*planted[a.N], a, None)
+        return outcome_of(*planted[a.N, a.whole], a, None)
     monkeypatch.setattr(lm, "eot_attack", attack)
     rows = lm.table_3_3(run, settings(n=20, h_adv=9), Task("d", "x", "y"), ATTACK)
-    assert seen == [("d", "x", "y", ATTACK), ("d", "x", "y", ATTACK._replace(N=80, H_adv=12))]
-    assert values(rows) == {"natural acc, stronger BPDA+EOT": 1, "robust acc, stronger BPDA+EOT": 0.75,
-                            "robust acc, either attack": 0.25}
+    assert seen == [("d", "x", "y", ATTACK), ("d", "x", "y", ATTACK._replace(whole=True)),
+                    ("d", "x", "y", ATTACK._replace(N=80, H_adv=12))]
+    assert values(rows) == {"natural acc, stronger BPDA+EOT": 1, "robust acc, stronger BPDA+EOT": 0.8,
+                            "robust acc, worst with table 3.1's": 0.2}
     assert rows[1]["N"] == 80 and rows[1]["H_adv"] == 12
 
 
@@ -721,7 +707,7 @@ def test_figures_3_3_and_3_4_attack_over_a_range_of_steps(run, monkeypatch):
         calls.append((defence, x, y, a))
         return outcome_of(bools(1, 1), bools(1, 0), a, x)
     monkeypatch.setattr(lm, "eot_attack", attack)
-    s = settings(k=90, tau=0.01, few=2, n_last=4, h_adv=6)
+    s = settings(k=90, tau=0.01, few=2, n_few=4, h_adv=6)
     x, y = torch.rand(5, 1, 4, 4), torch.arange(5)
     plain = lambda x, steps: x + steps  # noqa: E731
     task = Task(Defence("f", 90, plain), x, y)
@@ -771,8 +757,8 @@ def test_main_hands_each_experiment_what_it_names(monkeypatch, tmp_path):
     for made, kind, outputs in ((task, Defence, 10), (other, Defence, 24), (mask, Segmenter, 11)):
         defence = made.defence
         assert type(defence) is kind and defence.K == 6 and len(made.x) == 8 and defence.chunk == 250
-        assert defence.chain.func is lm.langevin and defence.soft_chain.func is lm.soft_langevin
-        for chain in (defence.chain, defence.soft_chain):
+        assert (defence.chain.func, defence.path.func, defence.back.func) == (lm.langevin, lm.langevin_path, lm.pull_back)
+        for chain in (defence.chain, defence.path, defence.back):
             assert chain.keywords["tau"] == 0.02 and chain.keywords["T"] == 3e-4
             for mine, its in zip(chain.keywords["V"].net.parameters(), V.parameters()):
                 assert torch.allclose(mine.float(), its, atol=1e-2, rtol=1e-2)
@@ -886,7 +872,7 @@ def test_imagenet_is_a_folder_and_f_comes_trained(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, says", [
     (("--eps", "-1"), "at least 0"), (("--eps", "8"), "8/255"), (("--tau", "0"), "above 0"), (("--temperature", "inf"), "finite"),
-    (("--bank", "10", "--batch", "4"), "--bank"), (("--last", "500"), "--last"), (("--p", "1.5"), "--p"), (("--p", "0"), "--p"),
+    (("--bank", "10", "--batch", "4"), "--bank"), (("--p", "1.5"), "--p"), (("--p", "0"), "--p"),
     (("--images", "5000"), "2000"), (("--net", "nothing"), "unknown network"), (("--k", "0"), "--k"),
     (("--only", "figure9"), "unknown experiment"), (("--few", "0"), "--few"), (("--u-iters", "0"), "--u-iters")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, flags, says):
@@ -909,7 +895,7 @@ def test_settings_are_the_published_ones():
     s, big = lm.SETTINGS["cifar10", "paper"], lm.SETTINGS["imagenet", "paper"]
     assert (s.updates, s.batch, s.k_train, s.lr, s.p, s.temperature) == (150_000, 128, 100, 1e-4, .025, 1e-4)
     assert (s.net, s.width, big.net, big.width) == ("sngan", 1, "sngan", 1)
-    assert (big.k_train, s.n_last, big.n_last) == (100, 50, 50)
+    assert (big.k_train, s.n_few, big.n_few) == (100, 50, 50)
     assert s.bank == 20_000 // 128 * 128 and big.bank == 10_000 // 64 * 64
     assert (2 * s.tau, 2 * s.data_noise, s.k) == (.01, .02, 2000)
     assert (s.h_adv, s.h_def, s.n, s.eps, s.step, s.images) == (48, 128, 50, 8 / 255, 2 / 255, 5000)
@@ -917,4 +903,4 @@ def test_settings_are_the_published_ones():
     assert (2 * big.tau, 2 * big.data_noise, big.temperature, big.p) == (.02, .03, 1e-5, .05)
     assert round(4 / 3 * big.h_adv) == 32 and 4 * big.n == 200  # table 3.3
     for s in lm.SETTINGS.values():
-        assert s.bank % s.batch == 0 and s.last <= s.k and s.few <= s.images
+        assert s.bank % s.batch == 0 and s.few <= s.images

@@ -170,35 +170,110 @@ def test_a_frozen_copy_follows_its_network_in_place(exact, no_noise):
     assert tensors == [p.data_ptr() for p in copy.parameters()]
 
 
-def test_soft_chain_has_the_true_chains_values_and_the_stand_ins_derivative(exact):
+def test_a_path_is_the_chain_with_its_states(exact):
+    """The same states with the same noise; beside each, where a step without noise leads."""
     torch.manual_seed(3)
-    V, smooth = Small(9).double(), Small(9).double()  # two networks, so that a mix-up shows
-    smooth = common.smoothed(smooth, 2.0)
-    x, weights, tau, T = torch.rand(2, 1, 3, 3).double(), torch.randn(2, 1, 3, 3).double(), 0.4, 0.05
-    c = tau ** 2 / (2 * T)
+    V, x, tau, T = Small(9), torch.rand(4, 1, 3, 3), 0.4, 0.05
+    end, way = again(ss.langevin_path, x, 3, V, tau, T)
+    assert torch.equal(end, again(langevin, x, 3, V, tau, T)) and len(way) == 3
+    for steps, (state, lower) in enumerate(way):
+        assert torch.equal(state, again(langevin, x, steps, V, tau, T))
+        assert torch.equal(lower, state - tau ** 2 / (2 * T) * common.input_gradient(V, state))
+
+
+def test_back_through_the_steps_of_a_quadratic_is_exact(exact):
+    """Step k has the derivative 1 - tau^2 a / 2 in each pixel, wherever it starts; 0 stays 0."""
+    a, tau, T = torch.tensor([[0.5, 1.0], [2.0, 3.0]]), 0.6, 0.02
+    V, x, v = Quadratic(T, a=a), torch.rand(5, 1, 2, 2), 10.0 ** torch.arange(-6, 4, 2).view(5, 1, 1, 1) * torch.randn(5, 1, 2, 2)
+    v[1] = 0
+    _, way = ss.langevin_path(x, 4, V, tau, T)
+    assert torch.allclose(ss.pull_back(v, way, V, tau, T) / v.clamp(min=1e-9), v * (1 - tau ** 2 * a / 2) ** 4 / v.clamp(min=1e-9),
+                          rtol=1e-3, atol=1e-4)
+
+
+class SmoothEnergy(nn.Module):
+    """Neither quadratic nor piecewise linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(9, 30), nn.Softplus(), nn.Linear(30, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_back_through_the_steps_of_a_smooth_energy_is_autograds_derivative(exact, monkeypatch):
+    """With the same noise; each step's derivative at its own state, in the right order."""
+    monkeypatch.setattr(ss, "REACH", 1e-3)
+    torch.manual_seed(3)
+    V, x, v, tau, T = SmoothEnergy().double(), torch.rand(2, 1, 3, 3).double(), torch.randn(2, 1, 3, 3).double(), 0.4, 0.01
+    _, way = again(ss.langevin_path, x, 5, V, tau, T)
+    torch.manual_seed(7)
+    start = z = x.clone().requires_grad_(True)
+    for _ in range(5):
+        slope, = torch.autograd.grad(V(z).sum(), z, create_graph=True)
+        z = z - tau ** 2 / (2 * T) * slope + tau * torch.randn_like(x)
+    expected, = torch.autograd.grad((z * v).sum(), start)
+    assert torch.allclose(ss.pull_back(v, way, V, tau, T), expected, rtol=1e-2, atol=1e-3)
+    assert (expected - v).abs().max() > 0.1  # the derivative is not the identity
+
+
+def test_the_second_start_is_as_far_off_as_the_constant_says(exact, monkeypatch):
+    """Root mean square REACH tau, along v, whatever v's length."""
+    asked = []
+    monkeypatch.setattr(ss, "downhill", lambda x, V, tau, T: asked.append(x) or x)
+    x, v = torch.rand(3, 1, 4, 4), torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1, 1) * torch.randn(3, 1, 4, 4)
+    assert torch.allclose(ss.step_back(v, x, x, None, 0.1, 1.0), v, rtol=1e-3, atol=1e-5)
+    moved = (asked[0] - x).flatten(1)
+    assert torch.allclose(moved.square().mean(1).sqrt(), torch.full((3,), ss.REACH * 0.1), rtol=1e-3)
+    assert F.cosine_similarity(moved, v.flatten(1)).min() > 0.999
+
+
+# --- which gradient is that of the expectation ---
+
+
+def test_on_a_gaussian_energy_the_whole_chain_is_the_true_gradient_and_bpda_is_not(exact):
+    """E[P(x)] = c + A^K (x - c) in closed form; f is linear, so F(x) and its gradient are known."""
+    torch.manual_seed(1)
+    images = common.Images(torch.randint(0, 256, (400, 1, 4, 4)).clamp(60, 190).byte(), torch.zeros(400), "g")
+    V, tau, K, H = common.GaussianEnergy(images, 0.03), 0.1, 6, 400
+    f, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), images.take(slice(0, 5)), torch.tensor([0, 1, 2, 0, 1])
+    A = torch.linalg.matrix_power(torch.eye(16) - tau ** 2 / 2 * V.precision, K)
     start = x.clone().requires_grad_(True)
-    end = again(ss.soft_langevin, start, 3, V, smooth, tau, T)
-    assert torch.allclose(end, again(langevin, x, 3, V, tau, T), atol=1e-6)  # with the noise of its steps
-    found, = torch.autograd.grad((weights * end).sum(), start)
-    states = [again(langevin, x, steps, V, tau, T) for steps in range(3)]
-    for state in reversed(states):  # back through each step, by central differences along each pixel
-        pulled = torch.zeros_like(x)
-        for i in range(9):
-            d = torch.zeros(1, 1, 3, 3).double()
-            d.view(-1)[i] = 1e-5
-            moved = []
-            for side in (state + d, state - d):
-                moved.append(side - c * common.input_gradient(smooth, side))
-            pulled[:, 0, i // 3, i % 3] = (weights * (moved[0] - moved[1]) / 2e-5).flatten(1).sum(1)
-        weights = pulled
-    assert torch.allclose(found, weights, rtol=1e-4, atol=1e-5)
+    mean = V.mean + (start.flatten(1) - V.mean) @ A
+    true, = torch.autograd.grad(F.cross_entropy(f[1](mean), y, reduction="sum"), start)
+    settings = {"V": V, "tau": tau, "T": 1.0}
+    defence = Defence(f, K, partial(langevin, **settings), partial(ss.langevin_path, **settings),
+                      partial(ss.pull_back, **settings), 5 * H)
+    whole, bpda = again(defence.gradient, x, y, H, True)[1], again(defence.gradient, x, y, H)[1]
+    assert (whole - true).norm() < 0.06 * true.norm()
+    assert (bpda - true).norm() > true.norm()
 
 
-def test_the_smooth_stand_in_tends_to_V():
-    V, x = ebm(), torch.rand(4, 1, 28, 28)
-    off = [(common.smoothed(V, beta)(x) - V(x)).abs().max().item() for beta in (10, 100, 1e4)]
-    assert off[0] > off[1] > off[2] and off[2] < 1e-4
-    assert not any(p.requires_grad for p in common.smoothed(V, 1).parameters())
+def test_on_a_trained_energy_the_whole_chain_predicts_how_the_loss_rises(exact, tmp_path):
+    """Differences of the loss of F_H, same noise, many chains: along gradients and along random directions."""
+    x = common.load_images("glyphs").x[:600].float()
+    data = common.Images(F.avg_pool2d(F.pad(x, (2, 2, 2, 2)), 4).round().byte(), torch.zeros(600), "small")
+    run, s = run_of(tmp_path, "--updates", 120, "--switch", 120, "--adam-lr", 4e-3, "--k-train", 10, "--batch", 32,
+                    "--bank", 320, "--tau", 0.05, "--temperature", 1e-2, "--data-noise", 0.1, "--k", 10, "--width", 0.25)
+    V = ss.train_ebm(run, s, data, 120)
+    f = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).requires_grad_(False)
+    f[1].weight.mul_(4)
+    x, y, H = data.take(slice(0, 4)), torch.arange(4), 120
+    defence = ss.defend(SimpleNamespace(chunk=4 * H), s, f, V)
+    whole, bpda = again(defence.gradient, x, y, H, True)[1], again(defence.gradient, x, y, H)[1]
+    ratios = []
+    for direction in (whole, bpda, torch.randn_like(x), torch.randn_like(x)):
+        move = 0.05 * direction / direction.square().mean().sqrt()
+        losses = [F.cross_entropy(again(defence.logits, x + side * move, 2 * H).mean(0), y, reduction="sum").item()
+                  for side in (1, -1)]
+        rise = (losses[0] - losses[1]) / 2
+        ratios.append([(g * move).sum().item() - rise for g in (whole, bpda)] + [rise])
+    scale = ratios[0][2]  # along the whole chain's own gradient the loss rises
+    assert scale > 0
+    for off_whole, off_bpda, _ in ratios:
+        assert abs(off_whole) < 0.15 * scale
+    assert ratios[0][1] > 0.5 * scale and ratios[1][1] > 0.5 * scale  # BPDA promises far more than comes
 
 
 # --- Algorithm 2 ---
@@ -485,16 +560,15 @@ class Squares(nn.Module):
         return torch.stack([x.pow(2).flatten(1).mean(1), x.flatten(1).mean(1)], 1)
 
 
-def chains_of(V, tau, T, smooth=None):
-    """The two chains of a Defence."""
-    soft = partial(ss.soft_langevin, V=V, smooth=smooth or V, tau=tau, T=T)
-    return partial(langevin, V=V, tau=tau, T=T), soft
+def chains_of(V, tau, T):
+    """The three functions of a Defence's chains."""
+    return [partial(function, V=V, tau=tau, T=T) for function in (langevin, ss.langevin_path, ss.pull_back)]
 
 
 def test_replicates_of_distinct_images_are_never_mixed(exact):
     x = torch.linspace(0, 1, 9).view(9, 1, 1, 1).expand(9, 1, 4, 4).contiguous()
     for chunk in (1, 4, 7, 100):
-        defence = Defence(Mean(), 3, *chains_of(Quadratic(0.0), 1e-4, 1.0), chunk)
+        defence = Defence(Mean(), 3, *chains_of(Quadratic(0.0), 1e-4, 1.0), chunk=chunk)
         logits = defence.logits(x, 5)
         assert logits.shape == (5, 9, 2)
         assert torch.allclose(logits[:, :, 0], x[:, 0, 0, 0].expand(5, 9), atol=1e-3)
@@ -549,22 +623,25 @@ def test_eot_gradient_is_the_sum_over_chains_of_the_gradient_of_the_mean_logits(
     assert (gradient[0] - gradient[1]).abs().max() > 1e-4  # one chain is not the mean
 
 
-def test_the_last_steps_are_the_soft_chains():
-    """K - last steps without a derivative, then `last` with one."""
+def test_the_whole_chain_goes_by_its_path_and_back():
+    """All K steps; f's gradient at the ends is carried back; BPDA asks for neither. Long paths go in smaller parts."""
     taken, x, y = [], torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 0])
 
-    def chain(x, steps):
-        taken.append(("chain", steps))
-        return x
+    def path(x, steps):
+        taken.append(("path", len(x), steps))
+        return 3 * x, "way"
 
-    def soft_chain(x, steps):
-        taken.append(("soft", steps))
-        return 3 * x if steps else x
-    defence = Defence(Mean(), 7, chain, soft_chain)
-    plain, through = defence.gradient(x, y, 2), defence.gradient(x, y, 2, last=4)
-    assert taken == [("chain", 7), ("soft", 0), ("chain", 3), ("soft", 4)]
-    assert torch.allclose(through[0], Mean()(3 * x), atol=1e-6)
-    assert (through[1].norm() / plain[1].norm()).item() > 1.5
+    def back(v, way):
+        assert way == "way"
+        return 5 * v
+    defence = Defence(Mean(), 7, lambda x, steps: taken.append(("chain", len(x), steps)) or 3 * x, path, back)
+    plain, whole = defence.gradient(x, y, 2), defence.gradient(x, y, 2, whole=True)
+    assert taken == [("chain", 6, 7), ("path", 6, 7)]
+    assert torch.allclose(plain[0], Mean()(3 * x), atol=1e-6) and torch.equal(plain[0], whole[0])
+    assert torch.allclose(whole[1], 5 * plain[1], atol=1e-7)
+    taken.clear()
+    dataclasses.replace(defence, K=250, chunk=8).gradient(x, y, 2, whole=True)
+    assert taken == [("path", 4, 250), ("path", 2, 250)]
 
 
 def test_without_a_chain_there_is_one_evaluation():
@@ -576,40 +653,35 @@ def test_without_a_chain_there_is_one_evaluation():
     assert seen == [3, 3]
 
 
-def test_through_a_piecewise_linear_chain_the_gradient_is_bpdas(exact, no_noise):
-    """The Hessian of a leaky-ReLU energy is zero: going back through the chain changes nothing."""
-    V, f, x, y = ebm(), classifier(), torch.rand(4, 1, 28, 28), torch.arange(4)
-    bpda = Defence(f, 3, *chains_of(V, 0.1, 1e-2)).gradient(x, y, 1)
-    through = Defence(f, 3, *chains_of(V, 0.1, 1e-2)).gradient(x, y, 1, last=3)
-    smooth = Defence(f, 3, *chains_of(V, 0.1, 1e-2, common.smoothed(V, 5.0))).gradient(x, y, 1, last=3)
-    assert torch.allclose(bpda[0], through[0], atol=1e-4)
-    assert torch.allclose(bpda[1], through[1], rtol=1e-3, atol=1e-7)
-    assert (smooth[1] - bpda[1]).norm() > 1e-3 * bpda[1].norm()
+def test_along_one_path_of_noise_bpda_is_exact(exact, monkeypatch):
+    """V is piecewise linear: over a vanishing distance the end of a step moves as its start does."""
+    torch.manual_seed(4)
+    V, x, v = Small(9).double(), torch.rand(6, 1, 3, 3).double(), torch.randn(6, 1, 3, 3).double()
+    _, way = ss.langevin_path(x, 4, V, 0.3, 1e-2)
+    assert not torch.allclose(ss.pull_back(v, way, V, 0.3, 1e-2), v, atol=1e-2)
+    monkeypatch.setattr(ss, "REACH", 1e-7)
+    assert torch.allclose(ss.pull_back(v, way, V, 0.3, 1e-2), v, atol=1e-5)
 
 
 def test_gradient_through_the_chain_of_a_quadratic(exact, no_noise):
     f, x, y = classifier(), torch.rand(4, 1, 28, 28), torch.arange(4)
     defence = Defence(f, 5, *chains_of(Quadratic(1.0), 0.4, 1.0))  # a step shrinks by 1 - .08
-    assert torch.allclose(defence.gradient(x, y, 2, 3)[1], 0.92 ** 3 * defence.gradient(x, y, 2)[1], atol=1e-7)
+    whole, bpda = defence.gradient(x, y, 2, whole=True)[1], defence.gradient(x, y, 2)[1]
+    assert torch.allclose(whole, 0.92 ** 5 * bpda, rtol=1e-2, atol=1e-6)
 
 
 def test_the_defence_runs_chains_of_the_energy_as_it_was_trained(exact, tmp_path):
-    """The same tau and temperature; the derivative of the last steps is that of a smooth stand-in."""
+    """The same tau and temperature, there and back."""
     V, f, x = ebm(), classifier(), torch.rand(3, 1, 28, 28)
-    s = settings(tau=0.05, temperature=3e-3, k=4)
-    defence = ss.defend(SimpleNamespace(chunk=77), s, f, V)
-    assert defence.f is f and (defence.K, defence.chunk) == (4, 77) and ss.BETA == 20.0
+    defence = ss.defend(SimpleNamespace(chunk=77), settings(tau=0.05, temperature=3e-3, k=4), f, V)
+    assert defence.f is f and (defence.K, defence.chunk) == (4, 77)
     assert torch.equal(again(defence.chain, x, 5), again(langevin, x, 5, V, 0.05, 3e-3))
-    gradients = []
-    for chain in (defence.soft_chain, chains_of(V, 0.05, 3e-3, common.smoothed(V, ss.BETA))[1]):
-        start = x.clone().requires_grad_(True)
-        end = again(chain, start, 3)
-        gradients.append(torch.autograd.grad((end * torch.linspace(0, 1, 28)).sum(), start)[0])
-        assert torch.allclose(end, again(langevin, x, 3, V, 0.05, 3e-3), atol=1e-6)
-    assert torch.allclose(*gradients, atol=1e-7)
+    end, way = again(defence.path, x, 5)
+    assert torch.equal(end, again(langevin, x, 5, V, 0.05, 3e-3))
+    assert torch.equal(defence.back(x, way), ss.pull_back(x, way, V, 0.05, 3e-3))
     y = torch.arange(3)
-    bpda, through = again(defence.gradient, x, y, 2), again(defence.gradient, x, y, 2, 3)
-    assert (through[1] - bpda[1]).norm() > 1e-3 * bpda[1].norm()
+    bpda, whole = again(defence.gradient, x, y, 2), again(defence.gradient, x, y, 2, True)
+    assert (whole[1] - bpda[1]).norm() > 1e-3 * bpda[1].norm()
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -635,8 +707,8 @@ class Scripted:
         self.calls.append(("predict", len(x), H))
         return self.verdicts.pop(0)[:len(x)]
 
-    def gradient(self, x, y, H, last=0):
-        self.calls.append(("gradient", len(x), H, last))
+    def gradient(self, x, y, H, whole=False):
+        self.calls.append(("gradient", len(x), H, whole))
         self.seen.append(x.clone())
         return F.one_hot(self.screens.pop(0)[:len(x)], 10).float(), torch.ones_like(x)
 
@@ -653,12 +725,12 @@ def test_verification_only_rescues_and_the_record_never_recovers(tmp_path):
     defence = Scripted([labels(0, 0, 1), labels(1, 1), labels(0, 1)],  # evaluations of images 0, 1, 2
                        [labels(1, 1, 1, 0),  # natural: image 3 is wrong
                         labels(1, 0), labels(0)])  # verdicts: 0 rescued, 1 not; then 0
-    a = Attack(LInf(0.1, 0.05), 2, 3, 7, last=2)
+    a = Attack(LInf(0.1, 0.05), 2, 3, 7, whole=True)
     outcome = eot_attack(run_of(tmp_path)[0], defence, x, y, a)
     assert outcome.record.tolist() == [[True, True, True, False], [True, False, True, False],
                                        [True, False, True, False], [False, False, True, False]]
-    assert defence.calls == [("predict", 4, 7), ("gradient", 3, 3, 2), ("predict", 2, 7), ("gradient", 2, 3, 2),
-                             ("gradient", 2, 3, 2), ("predict", 1, 7)]  # broken images left the batch
+    assert defence.calls == [("predict", 4, 7), ("gradient", 3, 3, True), ("predict", 2, 7), ("gradient", 2, 3, True),
+                             ("gradient", 2, 3, True), ("predict", 1, 7)]  # broken images left the batch
     assert torch.equal(outcome.natural, outcome.record[0]) and torch.equal(outcome.robust, outcome.record[-1])
     assert torch.equal(outcome.x[3], x[3]) and outcome.attack == a  # naturally wrong: the image itself
     assert torch.equal(outcome.x[1], defence.seen[0][1])  # what broke an image, untouched since
@@ -776,7 +848,7 @@ def test_another_attack_is_not_taken_from_the_file_of_this_one(tmp_path):
               (dataclasses.replace(defence, f=linear(1)), x, y, a),
               (dataclasses.replace(defence, chain=partial(langevin, V=ebm(seed=1), tau=0.05, T=1e-3)), x, y, a)]
     for change in ({"ball": L2(0.02, 0.01)}, {"ball": LInf(0.03, 0.01)}, {"N": 2}, {"H_adv": 3}, {"H_def": 4},
-                   {"restarts": 2}, {"last": 1}):
+                   {"restarts": 2}, {"whole": True}):
         others.append((defence, x, y, a._replace(**change)))
     for number, other in enumerate(others):
         eot_attack(run, *other)
@@ -883,7 +955,8 @@ class Sheet:
         self.drawn[name] = panels
 
     def lines(self, name, rows, x, **_):
-        assert all(x in row for row in rows if row["quantity"].startswith("robust"))
+        for row in rows:
+            assert any(setting in row for setting in x.split()) or not row["quantity"].startswith("robust")
         self.drawn[name] = rows
 
 
@@ -917,7 +990,7 @@ ATTACK = Attack(LInf(0.08, 0.02), 4, 6, 9, restarts=3)
 
 
 def test_rates_are_of_natural_and_attacked_images():
-    outcome = outcome_of(10, 5, 1, ATTACK._replace(last=2))
+    outcome = outcome_of(10, 5, 1, ATTACK._replace(whole=True))
     natural, robust = ss.rates(", T", outcome, K=5)
     assert natural == rate("natural acc, T", outcome.natural, K=5)
     assert robust == rate("robust acc, T", outcome.robust, eps=0.08, N=4, H_adv=6, K=5)
@@ -953,7 +1026,7 @@ def test_table_2_1_judges_both_kinds_of_images_by_each_defence(monkeypatch):
 def test_table_2_2_joins_three_attacks_and_has_both_baselines(attacked):
     x, y = images(40)
     transferred = (x + 0.1).clamp(0, 1)
-    f, f_at, s = linear(0), linear(1), settings(h_def=9, n=4, n_last=3, last=2, eps=0.08, k=5)
+    f, f_at, s = linear(0), linear(1), settings(h_def=9, n=4, eps=0.08, k=5)
     transfer = torch.rand(40) < 0.7
 
     class Fixed:
@@ -963,7 +1036,7 @@ def test_table_2_2_joins_three_attacks_and_has_both_baselines(attacked):
     bpda, defence = outcome_of(40, 5, 77, ATTACK), Fixed()
     rows = ss.table_2_2(None, s, f, f_at, defence, x, y, ATTACK, transferred, bpda)
     through, plain, trained = attacked
-    assert through[0] is defence and through[3] == ATTACK._replace(N=3, last=2)
+    assert through[0] is defence and through[3] == ATTACK._replace(whole=True)
     assert plain[0].f is f and trained[0].f is f_at and plain[0].K == trained[0].K == 0
     assert plain[3] == trained[3] == ATTACK._replace(H_adv=1, H_def=1)
     assert all(call[1] is x and call[2] is y for call in attacked)
@@ -972,11 +1045,66 @@ def test_table_2_2_joins_three_attacks_and_has_both_baselines(attacked):
         assert two.sum() > worst.sum()  # each of the three attacks counts
     assert (bpda.natural & transfer).sum() < transfer.sum()
     expected = [rate("natural acc", bpda.natural, K=5), ss.rates(", BPDA+EOT", bpda)[1],
-                ss.rates(", through the last steps", through[4])[1],
+                ss.rates(", whole chain", through[4])[1],
                 rate("robust acc, transfer PGD", bpda.natural & transfer, eps=0.08, N=4),
                 rate("robust acc, worst of these", worst, eps=0.08),
                 *ss.rates(", f", plain[4]), *ss.rates(", AT", trained[4])]
     assert rows == expected
+
+
+def test_mean_ends_are_of_sixteen_chains_with_the_same_noise():
+    x = torch.rand(3, 1, 4, 4)
+    defence = Defence(None, 5, lambda z, steps: steps * z + torch.randn_like(z))
+    noise = ss.mean_end(Sheet(), defence, 0 * x, 5)
+    assert torch.allclose(ss.mean_end(Sheet(), defence, x, 2), 2 * x + noise, atol=1e-5)
+    assert noise.std().item() == pytest.approx(1 / 4, rel=0.3)
+
+
+def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
+    clock, asked = [0.0], []
+    monkeypatch.setattr(ss, "time", SimpleNamespace(time=lambda: clock[0]))
+    (x, y), s = images(), settings(k=30, h_adv=6, h_def=5, few=7, n=8, eps=0.1)
+    ends = []
+    monkeypatch.setattr(ss, "mean_end", lambda run, d, x, steps: ends.append((x, steps)) or steps / 30 * x)
+    start = torch.full((7, 1, 28, 28), 0.5)
+
+    class Fixed:
+        def gradient(self, given, labels, H, whole=False):
+            assert torch.equal(given, start) and torch.equal(labels, y[:7]) and H == 6
+            clock[0] += 6 if whole else 2
+            return None, (torch.ones if whole else torch.full)(given.shape, *(() if whole else (-3.0,)))
+
+        def logits(self, given, H):
+            assert H == 20
+            mean = given.flatten(1).mean(1)
+            return torch.stack([F.one_hot(y[:7], 10) * (mean[:, None] + side) for side in (-1, 1)])
+    defence = Fixed()
+    run, a = Sheet(), ATTACK._replace(ball=Unmoved(0.1, 0.02), N=8)
+    monkeypatch.setattr(Unmoved, "start", lambda self, x: torch.full_like(x, 0.5))
+    rows = ss.gradients(run, s, defence, x, y, a)
+    assert [(row["quantity"], row["steps"], round(row["value"], 4)) for row in rows if "steps" in row] == [
+        (f"share left of a {kind} change", steps, round(steps / 30, 4)) for kind in ("white", "smooth") for steps in (0, 1, 3, 10, 30)]
+    assert [steps for _, steps in ends] == [0, 0, 1, 1, 3, 3, 10, 10, 30, 30] * 2
+    assert all(torch.equal(given, x[:7]) for given, _ in ends[1::2])
+    white, smooth = ends[0][0] - x[:7], ends[10][0] - x[:7]
+    assert white.abs().max().item() == pytest.approx(0.05)
+    for change, together in ((white, (0.4, 0.6)), (smooth, (0.75, 1))):  # neighbours of one sign: half, most
+        same = (change[..., 1:] * change[..., :-1] > 0).float().mean().item()
+        assert together[0] < same < together[1]
+    losses = [(row["quantity"], row["length"], row["value"]) for row in rows if "length" in row]
+    expected = []
+    for name, sign in (("BPDA", -1), ("whole chain", 1)):
+        for length in (0, 0.025, 0.05, 0.1):
+            loss = math.log(9 + math.exp(0.5 + sign * length)) - (0.5 + sign * length)
+            expected.append((f"loss, {name}", length, pytest.approx(loss, rel=1e-4)))
+    assert losses == expected
+    one, two = attacked
+    for call, whole in ((one, False), (two, True)):
+        assert call[0] is defence and torch.equal(call[1], x[:7]) and call[3] == a._replace(whole=whole, restarts=1)
+    over = [row for row in rows if row["quantity"] == "robust acc, whole chain"]
+    assert over == [rate("robust acc, whole chain", two[4].record[N + 1], N=N) for N in (0, 2, 4, 6, 8)]
+    assert rows[-1] == {"quantity": "time of a gradient, whole chain / BPDA", "value": 3.0}
+    assert run.drawn["gradients"] == rows
 
 
 def test_figure_2_2_has_short_and_long_chains_of_both_energies(exact, monkeypatch):
@@ -1042,10 +1170,10 @@ def test_figure_2_3_draws_many_chains_of_the_least_and_the_most_certain_image():
 
 def test_figure_2_4_sweeps_both_balls_for_all_three(attacked):
     (x, y), f, f_at, defence = images(), linear(0), linear(1), object()
-    run, s = Sheet(), settings(eps=0.2, eps_l2=1.5, few=7)
+    run, s = Sheet(), settings(eps=0.2, few=7)
     rows = ss.figure_2_4(run, s, f, f_at, defence, x, y, ATTACK)
     expected, calls = [], iter(attacked)
-    for norm, Ball, radius in (("l_inf", LInf, 0.2), ("l_2", L2, 1.5)):
+    for norm, Ball, radius in (("l_inf", LInf, 0.2), ("l_2", L2, 1.0)):
         for title in ("EBM", "AT", "f"):
             for factor in (0.25, 0.5, 1, 1.5, 2):
                 defended, given, given_y, a, outcome = next(calls)
@@ -1146,7 +1274,7 @@ def test_figure_2_7_settles_and_measures_with_the_same_noise(monkeypatch):
 def test_figure_2_8_changes_the_number_of_steps_of_either_energy(attacked):
     (x, y), f = images(), linear()
     defence, adam = Defence(f, 30, object()), Defence(f, 30, object())
-    run, s = Sheet(), settings(k=30, n_last=2, h_adv=6, few=5)
+    run, s = Sheet(), settings(k=30, n_few=2, h_adv=6, few=5)
     rows = ss.figure_2_8(run, s, defence, adam, x, y, ATTACK)
     expected, calls = [], iter(attacked)
     for title, wanted in ((", convergent", defence), (", non-convergent", adam)):
@@ -1219,7 +1347,7 @@ def test_precision_attacks_the_same_images_in_both(attacked, monkeypatch):
         asked.append((f, V, fast))
         return f"fast {fast}"
     monkeypatch.setattr(ss, "defend", defend)
-    rows = ss.precision(None, settings(n_last=2), f, V, x, y, ATTACK)
+    rows = ss.precision(None, settings(n_few=2), f, V, x, y, ATTACK)
     assert asked == [(f, V, True), (f, V, False)] and [call[0] for call in attacked] == ["fast True", "fast False"]
     assert all(call[1] is x and call[2] is y and call[3] == ATTACK._replace(N=2, restarts=1) for call in attacked)
     assert rows == ss.rates(", fast path", attacked[0][4]) + ss.rates(", float32", attacked[1][4])
@@ -1353,7 +1481,7 @@ PICTURES = ("2.2", "2.3", "2.4-l_inf", "2.4-l_2", "2.5-N", "2.5-H", "2.6", "2.7"
 
 
 def test_smoke_run_of_every_experiment(tmp_path, outcome):
-    every = {"table2.1", "table2.2", "precision", *(f"figure2.{i}" for i in range(2, 11))}
+    every = {"table2.1", "table2.2", "gradients", "precision", *(f"figure2.{i}" for i in range(2, 11))}
     assert set(ss.EXPERIMENTS) == every
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--only")
     assert outcome(ss, *flags, *ss.EXPERIMENTS) == (0, "")
@@ -1368,7 +1496,7 @@ def test_smoke_run_of_every_experiment(tmp_path, outcome):
                 low, high = row["interval"]
                 assert -1e-9 < low < row["value"] + 1e-9 and row["value"] - 1e-9 < high < 1 + 1e-9 and row["n"] > 0
     table = {row["quantity"]: row["value"] for row in results["table2.2"]["rows"]}
-    for attack in ("BPDA+EOT", "through the last steps", "transfer PGD"):
+    for attack in ("BPDA+EOT", "whole chain", "transfer PGD"):
         assert table["robust acc, worst of these"] <= table[f"robust acc, {attack}"]
     for picture in PICTURES:
         assert (folder / f"figure{picture}.png").exists()
@@ -1388,7 +1516,7 @@ def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
 @pytest.mark.parametrize("flags, says", [
     (("--eps", "-1"), "--eps"), (("--eps", "8"), "--eps"), (("--tau", "0"), "--tau"),
     (("--temperature", "inf"), "--temperature"), (("--bank", "10", "--batch", "4"), "--bank"),
-    (("--last", "500"), "--last"), (("--images", "5000"), "--images"), (("--f-net", "nothing"), "nothing"),
+    (("--images", "5000"), "--images"), (("--f-net", "nothing"), "nothing"),
     (("--h-def", "0"), "--h-def"), (("--n", "0"), "--n"), (("--width", "0"), "width"), (("--f-width", "0"), "width"),
     (("--only", "figure9"), "figure9"), (("--dataset", "imagenet"), "--dataset"),
     (("--dataset", "cifar10"), "cifar10")])
