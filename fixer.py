@@ -95,8 +95,8 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     n=(20, 20, 20, 10, 50, 50, 20, "N: steps of the attack"),
     eps=(0.16, 0.2, 8 / 255, 2 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
     step=(0.04, 0.05, 2 / 255, 1 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
-    images=(100, 100, 100, 64, 1000, 10_000, 100, "test images under attack"),
-    few=(50, 50, 50, 16, 200, 200, 50, "of these, in stronger, ablation and honesty"),
+    images=(60, 60, 100, 64, 1000, 10_000, 100, "test images under attack"),
+    few=(30, 30, 50, 16, 200, 200, 50, "of these, in stronger, ablation and honesty"),
     natural=(500, 500, 1000, 64, 5000, 10_000, 500, "test images whose natural accuracy is taken"),
 )
 REACH = 1.0  # times tau: root mean square of the move that shows how a step depends on its start

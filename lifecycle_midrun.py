@@ -84,8 +84,8 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
     step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
     n_few=(6, 6, 10, 50, 50, 10, "N in figures 3.3 and 3.4"),
-    images=(100, 100, 200, 5000, 10_000, 100, "test images under attack; figure 3.1: up to 3 times as many"),
-    few=(50, 50, 100, 125, 125, 50, "of these, in figures 3.3 and 3.4"),
+    images=(60, 60, 200, 5000, 10_000, 100, "test images under attack; figure 3.1: up to 3 times as many"),
+    few=(30, 30, 100, 125, 125, 50, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "cifar100", "data set of table 4.1"),
     u_iters=(1000, 1000, 3000, 50_000, 50_000, 1000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )

@@ -94,8 +94,8 @@ SETTINGS = common.settings(
     step=(0.02, 0.05, 2 / 255, 2 / 255, 2 / 255, 2 / 255, 2 / 255, "length of the attack's step"),
     restarts=(1, 1, 1, 1, 5, 5, 1, "starts of the attack, the first one included"),
     n_few=(10, 10, 10, 10, 50, 50, 10, "N in figure 2.8 and precision"),
-    images=(100, 100, 200, 200, 10_000, 10_000, 100, "test images under attack"),
-    few=(50, 50, 100, 100, 1000, 1000, 50, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
+    images=(60, 60, 200, 200, 10_000, 10_000, 100, "test images under attack"),
+    few=(30, 30, 100, 100, 1000, 1000, 50, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
 )
 REACH = 1.0  # times tau: root mean square of the move that shows how a step depends on its start
 
