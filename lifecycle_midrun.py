@@ -21,6 +21,8 @@ that sees such images.
     (3.1)   F(x) = E[f(P(x))], P(x): where K steps from x end (source: T).  (3.2) F_H: mean logits of H chains
     (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the loss of
             F_H. BPDA (backward pass differentiable approximation): P's derivative counts as the identity.
+            Whole chain (not in the source): back through all K steps. Chains forget their image, so E[P(x)]
+            moves less than x does; how a step depends on its start is seen from a second start some way off.
     Alg. 3  PGD (projected gradient descent: steps up the loss, cut back to within eps of the image) with that
             gradient. N + 1 evaluations by H_adv chains. What looks broken is judged again by H_def fresh.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
@@ -30,7 +32,7 @@ Commands (two cores; more numbers in results/):
     python lifecycle_midrun.py                    6 min: robust accuracy .03 without, .88 with the defence
     python lifecycle_midrun.py --only table4.2    4 min more: the same energy before a segmentation network
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
-    python lifecycle_midrun.py --dataset cifar10  a GPU; --budget paper: the published settings
+    python lifecycle_midrun.py --dataset cifar10  quick: a GPU; without one --budget cpu, four of ten classes
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which k_train steps
 moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in steps.
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).

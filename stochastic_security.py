@@ -6,9 +6,8 @@ An attack changes an image so little that nobody sees it, and yet a naturally tr
 it. Here f stays as it is; what it gets to see is purified first. An energy U is a network that gives an
 image one number, low for images like the training data. A chain starts at an image and takes many small
 steps down the energy, each with some noise (Langevin dynamics). The chain forgets the small attack long
-before the class. The source's energy is convergent: its chains stay realistic for thousands of steps. As
-chains are random, the defended classifier is an expectation, and an attack or a verdict must average many
-of them.
+before the class. The source's energy is convergent: its chains stay realistic for thousands of steps. The
+defended classifier is an expectation over random chains: attack and verdict must average many of them.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
     Pixels in [0, 1] everywhere; networks scale to [-1, 1] inside. The source's tau is for [-1, 1]: halve it.
@@ -35,7 +34,8 @@ over a distance the gradient of V does change. Transfer: the defence is shown PG
 Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py                     7 min: robust accuracy .03 without, .84 with the defence
     python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2
-    python stochastic_security.py --dataset cifar10   a GPU; --budget paper: all settings of Alg. 1 and 2
+    python stochastic_security.py --dataset cifar10   quick: a GPU; without one --budget cpu, four classes
+    python stochastic_security.py --only gradients    why the whole-chain attack sees more than BPDA
 The log. d hovers near 0 and does not fall, as chains follow the energy. drift: the gradient's part of a
 step over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
 Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). Broken images leave the batch.
