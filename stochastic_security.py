@@ -429,7 +429,7 @@ def gradients(run, s, defence, x, y, attack):
         direction = gradient.sign().cpu().to(x.device)  # waits for the device
         seconds.append(time.time() - began)
         for length in (0, s.eps / 4, s.eps / 2, s.eps):
-            F_H = defence.logits(start + length * direction, 4 * s.h_def).mean(0)
+            F_H = defence.logits(start + length * direction, 2 * s.h_def).mean(0)
             rows.append(value(f"loss, {name}", F.cross_entropy(F_H, y).item(), length=length))
         outcome = eot_attack(run, defence, x, y, attack._replace(whole=whole, restarts=1))
         for N in range(0, s.n + 1, max(s.n // 4, 1)):
@@ -612,8 +612,8 @@ def get_args(argv=None):
     common.at_least(1, s, "f_iters at_iters updates batch k_train h_def h_adv n n_few restarts images few")
     common.above_0(s, "tau temperature width f_width")
     common.check_radius(s.eps)
-    if s.bank % s.batch:
-        raise UserError("--bank must be a multiple of --batch")
+    if s.bank % s.batch or s.net not in ("light_ebm", "gaussian"):
+        raise UserError("--bank must be a multiple of --batch, --net light_ebm or gaussian")
     return args
 
 def main(argv=None):

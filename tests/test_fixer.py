@@ -933,6 +933,13 @@ def test_the_defences_are_made_of_the_energy_g_and_f(wired):
     assert isinstance(have.other, common.ResNet) and isinstance(have.f, common.SmallCNN)
 
 
+def test_the_first_classes_can_be_left_out(wired):
+    have, trained = wired("--first-class", 6, "--natural", 60, "--pairs", 50)
+    assert have.f.head.out_features == have.other.head.out_features == 4
+    assert sorted(set(have.y_many.tolist())) == sorted(set(trained["f"]["data"].y.tolist())) == [0, 1, 2, 3]
+    assert set(have.held.y.tolist()) <= {0, 1, 2, 3} and set(trained["mse"]["learned"].y.tolist()) == {0, 1, 2, 3}
+
+
 def test_the_loss_network_is_vgg_where_its_weights_are_at_hand(wired, monkeypatch):
     monkeypatch.setattr(common, "weights_at_hand", lambda name, folder: name)
     monkeypatch.setattr(fixer, "make_perceptual", lambda *given: given)

@@ -1075,7 +1075,7 @@ def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
             return None, (torch.ones if whole else torch.full)(given.shape, *(() if whole else (-3.0,)))
 
         def logits(self, given, H):
-            assert H == 20
+            assert H == 10
             mean = given.flatten(1).mean(1)
             return torch.stack([F.one_hot(y[:7], 10) * (mean[:, None] + side) for side in (-1, 1)])
     defence = Fixed()
@@ -1414,6 +1414,23 @@ def test_main_trains_both_classifiers_and_both_energies(tmp_path, monkeypatch):
     assert get("f") is f and len(calls["train_classifier"]) == 2  # made once
 
 
+def test_the_control_defends_with_the_gaussian_of_the_training_images(tmp_path, monkeypatch):
+    flags = (*FLAGS, "--net", "gaussian", "--data-noise", 0.3, "--temperature", 0.25)
+    get, calls, run, s, train, test = wired(tmp_path, monkeypatch, *flags)
+    expected = common.GaussianEnergy(train, 0.3, 0.25)
+    V = get("ebm")
+    assert isinstance(V, common.GaussianEnergy) and "train_ebm" not in calls
+    assert torch.equal(V.precision, expected.precision) and torch.equal(V.mean, expected.mean)
+    get("defence")
+    assert calls["defend"][0][0][3] is V
+
+
+def test_the_first_classes_can_be_left_out(tmp_path, monkeypatch):
+    get, calls, *_ = wired(tmp_path, monkeypatch, *FLAGS, "--first-class", 6)
+    (name, outputs, *_), _ = calls["make_net"][0]
+    assert (name, outputs) == ("wrn16", 4)
+
+
 def test_main_attacks_test_images_and_defends_with_the_right_energy(tmp_path, monkeypatch):
     get, calls, run, s, train, test = wired(tmp_path, monkeypatch, *FLAGS)
     x, y = test.some(23)
@@ -1517,6 +1534,7 @@ def test_smoke_run_on_colour(tmp_path, write_npz, outcome):
     (("--eps", "-1"), "--eps"), (("--eps", "8"), "--eps"), (("--tau", "0"), "--tau"),
     (("--temperature", "inf"), "--temperature"), (("--bank", "10", "--batch", "4"), "--bank"),
     (("--images", "5000"), "--images"), (("--f-net", "nothing"), "nothing"),
+    (("--net", "sngan"), "--net"),
     (("--h-def", "0"), "--h-def"), (("--n", "0"), "--n"), (("--width", "0"), "width"), (("--f-width", "0"), "width"),
     (("--only", "figure9"), "figure9"), (("--dataset", "imagenet"), "--dataset"),
     (("--dataset", "cifar10"), "cifar10")])
