@@ -100,7 +100,6 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     few=(30, 30, 50, 16, 200, 200, 50, "of these, in stronger, ablation and honesty"),
     natural=(500, 500, 1000, 64, 5000, 10_000, 500, "test images whose natural accuracy is taken"),
 )
-REACH = 1.0  # times tau: root mean square of the move that shows how a step depends on its start
 PART = 1600  # pairs between two checkpoints
 
 # --- Langevin sampling --------------------------------------------------------------------------------------
@@ -118,24 +117,25 @@ def langevin(x, steps, V, tau, T):
     return repeat(langevin_step, x, steps, V, tau, T)
 
 def langevin_path(x, steps, V, tau, T):
-    """The same chain -> its end, and the way there: each state, and where downhill() leads from it."""
-    path = []
+    """A chain -> its end, and the way there: each state, and where downhill() leads from it."""
+    way = []
     for _ in range(steps):
-        lower = repeat(downhill, x, 1, V, tau, T)
-        path.append((x, lower))
-        x = lower + tau * torch.randn_like(x)
-    return x, path
+        after = repeat(downhill, x, 1, V, tau, T)  # by repeat: recorded on a GPU
+        way.append((x, after))
+        x = after + tau * torch.randn_like(x)
+    return x, way
 
-def step_back(v, x, lower, V, tau, T):
-    """v times the derivative of downhill() at x: how much farther it leads from x + length v, per length."""
-    size = v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30).view(-1, 1, 1, 1)
-    length = REACH * tau / size
-    return (downhill(x + length * v, V, tau, T) - lower) / length
+def step_back(v, x, after, V, tau, T):
+    """v times the derivative of a step at x. That is a symmetric matrix (noise does not depend on x), and
+    so the difference that a start farther along v makes, tau away in root mean square, stands in for it."""
+    size = v.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-30).float().view(-1, 1, 1, 1)
+    scale = tau / size
+    return (downhill(x + scale * v, V, tau, T) - after) / scale
 
-def pull_back(v, path, V, tau, T):
-    """The gradient v of a loss at the end of chains -> its gradient at their starts: the chain rule."""
-    for x, lower in reversed(path):
-        v = repeat(step_back, v, 1, x, lower, V, tau, T)
+def pull_back(v, way, V, tau, T):
+    """The gradient v of a loss at the end of chains -> at their starts, step by step."""
+    for x, after in reversed(way):
+        v = repeat(step_back, v, 1, x, after, V, tau, T)
     return v
 
 # --- the energy, from lifecycle_midrun.py -------------------------------------------------------------------
@@ -343,7 +343,7 @@ class Defence:
         """EOT: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H // (1 + whole * self.K // 200), 1)  # the way back keeps all states
+        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # ways fill memory
         for part, labels in zip(x.split(size), y.split(size)):
             if whole:
                 ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)

@@ -12,7 +12,7 @@ defended classifier is an expectation over random chains: attack and verdict mus
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
     Pixels in [0, 1] everywhere; networks scale to [-1, 1] inside. The source's tau is for [-1, 1]: halve it.
     (2.2)   gradient of d = E_data[U] - E_chains[U], chains held fixed: the energy of data down, of chains up
-    (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
+    (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I): samples exp(-U); states are never clamped
     Alg. 2  The chains' states live in a bank, which begins as uniform noise and is never restarted. Adam
             comes first (short chains become realistic), then SGD (long ones do: the energy converges).
     (2.4)   F(x) = E[f(P(x))], P(x): where K steps (2.3) from x end (the source calls P another T).
@@ -27,10 +27,10 @@ defended classifier is an expectation over random chains: attack and verdict mus
     (2.12)  Lyapunov exponent: of two chains with the same z, put back to distance d0 after every step, the
             mean log growth of their distance in a step; > 0: chaos.
 
-For fixed noise BPDA is exact, as V is piecewise linear (leaky ReLU). For the expectation it is not: chains
-forget their image, and E[P(x)] moves less than x does. The whole-chain attack (not in the source) goes back
-through all K steps. How a step's end depends on its start it takes from a second start some way off, as
-over a distance the gradient of V does change. Transfer: the defence is shown PGD images made for f alone.
+The network V is piecewise linear (leaky ReLU). With its noise fixed a chain moves as x does, as BPDA says,
+but it jumps where V has a kink. No derivative sees jumps; the mean over the noise makes a slope of them:
+E[P(x)] moves less than x. The whole-chain attack (not in the source) goes back through all K steps, with a
+difference over the length of the noise for the derivative of each. Transfer: PGD images made for f alone.
 Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py                     7 min: robust accuracy .03 without, .84 with the defence
     python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2
@@ -39,8 +39,7 @@ Commands (two cores; all numbers: results/stochastic_security.md):
 The log. d hovers near 0 and does not fall, as chains follow the energy. drift: the gradient's part of a
 step over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
 Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). Broken images leave the batch.
-AT (adversarial training: f trained on PGD images) attacks in eval mode (source: train mode). SVHN's
-learning rates drop at 40 (not 20) and 60 %.
+AT (adversarial training: f trained on PGD images) attacks in eval mode. SVHN: rates drop at 40, not 20 %.
 """
 import math
 import time
@@ -72,7 +71,6 @@ SETTINGS = common.settings(
     f_sgd=(0.0, 0.0, 0.1, 0.01, 0.1, 0.01, 0.0, "its rate of SGD, a tenth at 40 and 60 %; 0: Adam"),
     augment=("none", "none", "crop_flip", "crop", "crop_flip", "crop", "crop_flip",
              "none, crop or crop_flip"),
-    # the energy: Alg. 2
     net=("light_ebm", "light_ebm; or gaussian, of the images' mean and covariance, a control"),
     width=(0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, "of the light EBM; 1: 32 channels"),
     updates=(800, 2000, 8000, 8000, 150_000, 150_000, 2000, "J: updates of the energy"),
@@ -85,7 +83,6 @@ SETTINGS = common.settings(
     tau=(0.015, 0.015, 0.02, 0.00875, 0.005, 0.00875, 0.02, "noise of a Langevin step; half the source's"),
     temperature=(1e-4, 1e-4, 4e-4, 0.0175 ** 2 / 2, 5e-5, 0.0175 ** 2 / 2, 4e-4, "T; source: tau^2 / 2"),
     data_noise=(0.03, 0.03, 0.04, 0.015, 0.01, 0.015, 0.04, "noise on the data in training"),
-    # the defence and its attack: Alg. 1
     k=(75, 100, 100, 500, 1500, 1500, 50, "K: Langevin steps of the defence"),
     h_def=(24, 24, 50, 50, 150, 150, 32, "chains of a verdict"),
     h_adv=(6, 6, 8, 8, 15, 15, 8, "chains of an attack's gradient"),
@@ -97,7 +94,6 @@ SETTINGS = common.settings(
     images=(60, 60, 200, 200, 10_000, 10_000, 100, "test images under attack"),
     few=(30, 30, 100, 100, 1000, 1000, 50, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
 )
-REACH = 1.0  # times tau: root mean square of the move that shows how a step depends on its start
 
 # --- Langevin sampling --------------------------------------------------------------------------------------
 
@@ -114,24 +110,25 @@ def langevin(x, steps, V, tau, T):
     return repeat(langevin_step, x, steps, V, tau, T)
 
 def langevin_path(x, steps, V, tau, T):
-    """The same chain -> its end, and the way there: each state, and where downhill() leads from it."""
-    path = []
+    """A chain -> its end, and the way there: each state, and where downhill() leads from it."""
+    way = []
     for _ in range(steps):
-        lower = repeat(downhill, x, 1, V, tau, T)
-        path.append((x, lower))
-        x = lower + tau * torch.randn_like(x)
-    return x, path
+        after = repeat(downhill, x, 1, V, tau, T)  # by repeat: recorded on a GPU
+        way.append((x, after))
+        x = after + tau * torch.randn_like(x)
+    return x, way
 
-def step_back(v, x, lower, V, tau, T):
-    """v times the derivative of downhill() at x: how much farther it leads from x + length v, per length."""
-    size = v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30).view(-1, 1, 1, 1)
-    length = REACH * tau / size
-    return (downhill(x + length * v, V, tau, T) - lower) / length
+def step_back(v, x, after, V, tau, T):
+    """v times the derivative of a step at x. That is a symmetric matrix (noise does not depend on x), and
+    so the difference that a start farther along v makes, tau away in root mean square, stands in for it."""
+    size = v.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-30).float().view(-1, 1, 1, 1)
+    scale = tau / size
+    return (downhill(x + scale * v, V, tau, T) - after) / scale
 
-def pull_back(v, path, V, tau, T):
-    """The gradient v of a loss at the end of chains -> its gradient at their starts: the chain rule."""
-    for x, lower in reversed(path):
-        v = repeat(step_back, v, 1, x, lower, V, tau, T)
+def pull_back(v, way, V, tau, T):
+    """The gradient v of a loss at the end of chains -> at their starts, step by step."""
+    for x, after in reversed(way):
+        v = repeat(step_back, v, 1, x, after, V, tau, T)
     return v
 
 # --- learning the energy: Algorithm 2 -----------------------------------------------------------------------
@@ -258,7 +255,7 @@ class Defence:
         """Eq. 2.10: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H // (1 + whole * self.K // 200), 1)  # the way back keeps all states
+        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # ways fill memory
         for part, labels in zip(x.split(size), y.split(size)):
             if whole:
                 ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
@@ -412,9 +409,9 @@ def mean_end(run, defence, x, steps):
     return defence.purify(x, 16, steps).unflatten(0, (16, len(x))).mean(0)
 
 def gradients(run, s, defence, x, y, attack):
-    """How much of a change chains keep, how far a step along each gradient leads, what each attack leaves."""
+    """Share of a change that chains keep (BPDA: 1), loss a step up each gradient, what attacks leave."""
     x, y = x[: s.few], y[: s.few]
-    rows, seconds = [], []
+    rows, seconds = [], {}
     noise = torch.randn_like(x)
     for kind, direction in (("white", noise), ("smooth", F.avg_pool2d(noise, 7, 1, 3))):
         change = s.eps / 2 * direction.sign()
@@ -424,17 +421,19 @@ def gradients(run, s, defence, x, y, attack):
             rows.append(value(f"share left of a {kind} change", share.item(), steps=steps))
     start = attack.ball.start(x)
     for name, whole in (("BPDA", False), ("whole chain", True)):
-        began = time.time()
-        _, gradient = defence.gradient(start, y, s.h_adv, whole)
-        direction = gradient.sign().cpu().to(x.device)  # waits for the device
-        seconds.append(time.time() - began)
+        for _ in range(2):  # the first one warms up
+            began = time.time()
+            _, gradient = defence.gradient(start, y, s.h_adv, whole)
+            direction = gradient.sign().cpu().to(x.device)  # waits for the device
+            seconds[name] = time.time() - began
         for length in (0, s.eps / 4, s.eps / 2, s.eps):
+            torch.manual_seed(run.seed)  # the same noise for all of them
             F_H = defence.logits(start + length * direction, 2 * s.h_def).mean(0)
             rows.append(value(f"loss, {name}", F.cross_entropy(F_H, y).item(), length=length))
         outcome = eot_attack(run, defence, x, y, attack._replace(whole=whole, restarts=1))
         for N in range(0, s.n + 1, max(s.n // 4, 1)):
             rows.append(rate(f"robust acc, {name}", outcome.record[N + 1], N=N))
-    rows.append(value("time of a gradient, whole chain / BPDA", seconds[1] / seconds[0]))
+    rows.append(value("time, whole chain / BPDA", seconds["whole chain"] / seconds["BPDA"]))
     run.lines("gradients", rows, "steps length N")
     return rows
 
@@ -467,8 +466,8 @@ def figure_2_3(run, s, defence, y, bpda):
         chains = defence.logits(bpda.x[i : i + 1], 30 * s.h_def)[:, 0]  # [30 H_def, classes]
         margins = {}
         for H in (1, s.h_adv, s.h_def):
-            whole = len(chains) // H * H
-            groups = chains[:whole].unflatten(0, (-1, H))  # of H chains each
+            full = len(chains) // H * H
+            groups = chains[:full].unflatten(0, (-1, H))  # of H chains each
             above = margin(groups.mean(1), y[i].expand(len(groups)))
             margins[f"H = {H}"] = above
             rows.append(rate(f"wrong F_H, {name} image", above < 0, H=H))
@@ -595,7 +594,9 @@ def precision(run, s, f, ebm, x, y, attack):
     rows = []
     a = attack._replace(N=s.n_few, restarts=1)
     for title, fast in ((", fast path", True), (", float32", False)):
-        rows += rates(title, eot_attack(run, defend(run, s, f, ebm, fast), x, y, a))
+        defence = defend(run, s, f, ebm, fast)
+        rows += rates(title, eot_attack(run, defence, x, y, a))
+        rows += rates(f"{title}, whole chain", eot_attack(run, defence, x, y, a._replace(whole=True)))[1:]
     return rows
 
 EXPERIMENTS = common.experiments(
@@ -641,7 +642,6 @@ def main(argv=None):
     transferred = once(lambda: pgd(f(), x, y, s.n, ball))
     bpda = once(lambda: eot_attack(run, defence(), x, y, attack))
     features = once(lambda: common.feature_network(data, args.data_dir, f))
-    # each experiment gets the arguments that it names; a `once` is made when first needed
     run.experiments(EXPERIMENTS, data=data, x=x, y=y, f=f, f_at=f_at, ebm=ebm, adam_ebm=adam_ebm,
                     defence=defence, adam_defence=adam_defence, attack=attack, transferred=transferred,
                     bpda=bpda, features=features)

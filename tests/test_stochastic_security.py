@@ -202,11 +202,11 @@ class SmoothEnergy(nn.Module):
         return self.body(x)
 
 
-def test_back_through_the_steps_of_a_smooth_energy_is_autograds_derivative(exact, monkeypatch):
+def test_back_through_the_steps_of_a_smooth_energy_is_autograds_derivative(exact):
     """With the same noise; each step's derivative at its own state, in the right order."""
-    monkeypatch.setattr(ss, "REACH", 1e-3)
     torch.manual_seed(3)
-    V, x, v, tau, T = SmoothEnergy().double(), torch.rand(2, 1, 3, 3).double(), torch.randn(2, 1, 3, 3).double(), 0.4, 0.01
+    V, x, v, tau = SmoothEnergy().double(), torch.rand(2, 1, 3, 3).double(), torch.randn(2, 1, 3, 3).double(), 1e-4
+    T = tau ** 2 / 16  # steps as long as with tau = .4, T = .01, and a difference over a short way
     _, way = again(ss.langevin_path, x, 5, V, tau, T)
     torch.manual_seed(7)
     start = z = x.clone().requires_grad_(True)
@@ -218,15 +218,15 @@ def test_back_through_the_steps_of_a_smooth_energy_is_autograds_derivative(exact
     assert (expected - v).abs().max() > 0.1  # the derivative is not the identity
 
 
-def test_the_second_start_is_as_far_off_as_the_constant_says(exact, monkeypatch):
-    """Root mean square REACH tau, along v, whatever v's length."""
+def test_the_second_start_is_a_noise_away(exact, monkeypatch):
+    """Root mean square tau, along v, whatever v's length."""
     asked = []
     monkeypatch.setattr(ss, "downhill", lambda x, V, tau, T: asked.append(x) or x)
-    x, v = torch.rand(3, 1, 4, 4), torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1, 1) * torch.randn(3, 1, 4, 4)
-    assert torch.allclose(ss.step_back(v, x, x, None, 0.1, 1.0), v, rtol=1e-3, atol=1e-5)
+    x, v = torch.rand(3, 1, 4, 4), torch.tensor([1e-27, 1.0, 1e4]).view(3, 1, 1, 1) * torch.randn(3, 1, 4, 4)
+    assert torch.allclose(ss.step_back(v, x, x, None, 0.1, 1.0) / v, torch.ones(()), atol=0.05)
     moved = (asked[0] - x).flatten(1)
-    assert torch.allclose(moved.square().mean(1).sqrt(), torch.full((3,), ss.REACH * 0.1), rtol=1e-3)
-    assert F.cosine_similarity(moved, v.flatten(1)).min() > 0.999
+    assert torch.allclose(moved.square().mean(1).sqrt(), torch.full((3,), 0.1), rtol=1e-3)
+    assert F.cosine_similarity(moved, v.flatten(1) / v.flatten(1).abs().amax(1, keepdim=True)).min() > 0.999
 
 
 # --- which gradient is that of the expectation ---
@@ -653,14 +653,15 @@ def test_without_a_chain_there_is_one_evaluation():
     assert seen == [3, 3]
 
 
-def test_along_one_path_of_noise_bpda_is_exact(exact, monkeypatch):
+def test_along_one_path_of_noise_bpda_is_exact(exact):
     """V is piecewise linear: over a vanishing distance the end of a step moves as its start does."""
     torch.manual_seed(4)
     V, x, v = Small(9).double(), torch.rand(6, 1, 3, 3).double(), torch.randn(6, 1, 3, 3).double()
-    _, way = ss.langevin_path(x, 4, V, 0.3, 1e-2)
-    assert not torch.allclose(ss.pull_back(v, way, V, 0.3, 1e-2), v, atol=1e-2)
-    monkeypatch.setattr(ss, "REACH", 1e-7)
-    assert torch.allclose(ss.pull_back(v, way, V, 0.3, 1e-2), v, atol=1e-5)
+    for tau in (0.3, 1e-7):
+        T = tau ** 2 / 9
+        _, way = ss.langevin_path(x, 4, V, tau, T)
+        same = torch.allclose(ss.pull_back(v, way, V, tau, T), v, atol=1e-2)
+        assert same == (tau == 1e-7)
 
 
 def test_gradient_through_the_chain_of_a_quadratic(exact, no_noise):
@@ -1103,7 +1104,7 @@ def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
         assert call[0] is defence and torch.equal(call[1], x[:7]) and call[3] == a._replace(whole=whole, restarts=1)
     over = [row for row in rows if row["quantity"] == "robust acc, whole chain"]
     assert over == [rate("robust acc, whole chain", two[4].record[N + 1], N=N) for N in (0, 2, 4, 6, 8)]
-    assert rows[-1] == {"quantity": "time of a gradient, whole chain / BPDA", "value": 3.0}
+    assert rows[-1] == {"quantity": "time, whole chain / BPDA", "value": 3.0}
     assert run.drawn["gradients"] == rows
 
 
@@ -1348,9 +1349,14 @@ def test_precision_attacks_the_same_images_in_both(attacked, monkeypatch):
         return f"fast {fast}"
     monkeypatch.setattr(ss, "defend", defend)
     rows = ss.precision(None, settings(n_few=2), f, V, x, y, ATTACK)
-    assert asked == [(f, V, True), (f, V, False)] and [call[0] for call in attacked] == ["fast True", "fast False"]
-    assert all(call[1] is x and call[2] is y and call[3] == ATTACK._replace(N=2, restarts=1) for call in attacked)
-    assert rows == ss.rates(", fast path", attacked[0][4]) + ss.rates(", float32", attacked[1][4])
+    assert asked == [(f, V, True), (f, V, False)]
+    assert [call[0] for call in attacked] == ["fast True", "fast True", "fast False", "fast False"]
+    for call, whole in zip(attacked, (False, True, False, True)):
+        assert call[1] is x and call[2] is y and call[3] == ATTACK._replace(N=2, restarts=1, whole=whole)
+    expected = []
+    for title, bpda, whole in ((", fast path", *attacked[:2]), (", float32", *attacked[2:])):
+        expected += ss.rates(title, bpda[4]) + ss.rates(f"{title}, whole chain", whole[4])[1:]
+    assert rows == expected
 
 
 # --- main: what each experiment is given ---
