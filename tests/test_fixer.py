@@ -737,6 +737,15 @@ def test_the_ablation_changes_what_it_says(run, monkeypatch):
     assert isinstance(networks["no Fixer"][0], nn.Identity) and networks["no Fixer"][1] is f and len(networks) == 6
 
 
+@pytest.mark.parametrize("path", [None, "path"])
+def test_networks_are_compared_under_the_whole_chain_where_there_is_one(run, monkeypatch, path):
+    asked = fake_attack(monkeypatch, lambda defence, a: ([1] * 2, [1, 0]))
+    monkeypatch.setattr(fixer, "same_chains", lambda run, defence, x, H: torch.zeros(1, 2, 3))
+    few = torch.rand(2, 1, 2, 2), torch.zeros(2).long()
+    fixer.compared(run, settings(), Defence(None, 3, noisy, path), {"net": "net"}, few, *few, ATTACK)
+    assert [call.a for call in asked] == [ATTACK._replace(whole=path is not None)]
+
+
 def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
     given = compare(monkeypatch)
 
@@ -748,7 +757,7 @@ def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
         def forward(self, x):
             return F.one_hot(torch.full((len(x),), self.says), 2).float()
     f, other, G = Says(0), Says(1), Blend(3.0)
-    midrun = Defence(f, 2, partial(noisy, size=0.1), chunk=7)
+    midrun = Defence(f, 2, partial(noisy, size=0.1), "path", "back", chunk=7)
     few, x_many, y_many = (1, 2), torch.rand(400, 1, 4, 4), torch.tensor([1] * 300 + [0] * 100)
     rows = rows_of(fixer.honesty(run, settings(k=2), f, other, G, midrun, few, x_many, y_many, ATTACK))
     assert rows["natural acc, unseen, no chains"] == 0.75  # of `other`, not of f
@@ -761,6 +770,7 @@ def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
         for reader, net in (("f", f), ("unseen", other)):
             assert networks[f"{reader}, Fixer"][0] is G and networks[f"{reader}, Fixer"][1] is net
     moved = noise.chain(x_many, 2) - x_many  # the size of T(x) - x: two steps of .1, as the fake chain goes
+    assert noise.path is None  # BPDA is exact, and there is no chain to go back through
     assert (noise.K, noise.chunk) == (2, 7) and moved.std().item() == pytest.approx(0.2, rel=0.05)
     assert abs(moved.mean().item()) < 0.02 and noise.chain.func is fixer.noise
 

@@ -1069,6 +1069,8 @@ def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
     monkeypatch.setattr(ss, "mean_end", lambda run, d, x, steps: ends.append((x, steps)) or steps / 30 * x)
     start = torch.full((7, 1, 28, 28), 0.5)
 
+    noise = []
+
     class Fixed:
         def gradient(self, given, labels, H, whole=False):
             assert torch.equal(given, start) and torch.equal(labels, y[:7]) and H == 6
@@ -1076,6 +1078,7 @@ def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
             return None, (torch.ones if whole else torch.full)(given.shape, *(() if whole else (-3.0,)))
 
         def logits(self, given, H):
+            noise.append(torch.rand(()).item())
             assert H == 10
             mean = given.flatten(1).mean(1)
             return torch.stack([F.one_hot(y[:7], 10) * (mean[:, None] + side) for side in (-1, 1)])
@@ -1098,7 +1101,7 @@ def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
         for length in (0, 0.025, 0.05, 0.1):
             loss = math.log(9 + math.exp(0.5 + sign * length)) - (0.5 + sign * length)
             expected.append((f"loss, {name}", length, pytest.approx(loss, rel=1e-4)))
-    assert losses == expected
+    assert losses == expected and len(noise) == 8 and len(set(noise)) == 1  # the same for all
     one, two = attacked
     for call, whole in ((one, False), (two, True)):
         assert call[0] is defence and torch.equal(call[1], x[:7]) and call[3] == a._replace(whole=whole, restarts=1)
