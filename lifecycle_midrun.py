@@ -22,7 +22,7 @@ that sees such images.
     (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the loss of
             F_H. BPDA (backward pass differentiable approximation): P's derivative counts as the identity.
             Whole chain (not in the source): back through all K steps. Chains forget their image, so E[P(x)]
-            moves less than x does; how a step depends on its start is seen from a second start some way off.
+            moves less than x does. For a step's derivative: a difference over the length of the noise.
     Alg. 3  PGD (projected gradient descent: steps up the loss, cut back to within eps of the image) with that
             gradient. N + 1 evaluations by H_adv chains. What looks broken is judged again by H_def fresh.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U

@@ -475,9 +475,9 @@ def defences(f=None):
     """f, G, and the three defences as main makes them."""
     f = f or nn.Sequential(nn.Flatten(), nn.Linear(4, 10))
     G = Blend(0.5)
-    midrun = Defence(f, 3, noisy)
+    midrun = Defence(f, 3, noisy, "path")
     through = dataclasses.replace(midrun, f=behind(G, f))
-    around = dataclasses.replace(midrun, chain=partial(chain_and_fixer, chain=noisy, G=G))
+    around = dataclasses.replace(midrun, chain=partial(chain_and_fixer, chain=noisy, G=G), path=None)
     return f, G, midrun, through, around
 
 
@@ -938,7 +938,7 @@ def test_the_defences_are_made_of_the_energy_g_and_f(wired):
     assert have.G is G and [*have.through.f] == [G, have.f]
     assert (have.through.chain, have.through.path, have.through.back, have.through.K) == (chain, path, back, 4)
     assert have.around.f is have.f and have.around.K == 4 and have.around.chain.func is chain_and_fixer
-    assert have.around.chain.keywords == {"chain": chain, "G": G}
+    assert have.around.chain.keywords == {"chain": chain, "G": G} and have.around.path is None
     assert have.other is trained["other"]["net"] and have.other is not have.f
     assert isinstance(have.other, common.ResNet) and isinstance(have.f, common.SmallCNN)
 
