@@ -33,7 +33,7 @@ E[P(x)] moves less than x. The whole-chain attack (not in the source) goes back 
 difference over the length of the noise for the derivative of each. Transfer: PGD images made for f alone.
 Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py                     7 min: robust accuracy .02 without, .82 with the defence
-    python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2
+    python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2 (without whole chain)
     python stochastic_security.py --dataset cifar10   quick: a GPU; without one --budget cpu, four classes
     python stochastic_security.py --only gradients    why the whole-chain attack sees more than BPDA
 The log. d hovers near 0 and does not fall, as chains follow the energy. drift: the gradient's part of a
