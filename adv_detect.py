@@ -36,11 +36,11 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import Training, UserError, fast_precision, follow, frozen_copy
 from common import input_gradient, once, rate, repeat, seeded, value
 
@@ -121,19 +121,19 @@ def network(outputs, shape, width, device):
         net = common.WideResNet(34, 10 * width, outputs)
     else:
         net = common.make_net("mnist_cnn", outputs, shape, width)
-    return net.to(device).eval()
+    return common.to_device(net, device).eval()
 
 class Detectors(nn.Module):
-    """K networks with one output each, run as one with K groups of channels; always in eval mode."""
+    """K networks with one output each; always in eval mode."""
     def __init__(self, nets):
         super().__init__()
-        self.K, self.nets = len(nets), common.side_by_side(nets)
+        self.K, self.nets = len(nets), nn.ModuleList(nets)
 
     def forward(self, x):
         """All on each image [n, C, S, S] -> [n, K]; or each on its own images [K, n, C, S, S] -> [K, n]."""
         if x.dim() == 4:
-            return self.nets(x.repeat(1, self.K, 1, 1))
-        return self.nets(x.transpose(0, 1).flatten(1, 2)).T  # [n, K C, S, S]: a group for each
+            return torch.cat([net(x) for net in self.nets], 1)
+        return torch.cat([net(own).T for net, own in zip(self.nets, x)])
 
 # --- the attack ---------------------------------------------------------------------------------------------
 
@@ -292,8 +292,7 @@ def keep_better(best, best_auc, H, scores):
         auc = auroc(clean, attacked)
         if auc >= best_auc[k]:
             best_auc[k] = auc
-            for mine, its in zip(best.parameters(), H.parameters()):
-                mine.data.chunk(H.K)[k].copy_(its.data.chunk(H.K)[k])  # networks stand one behind the other
+            best.nets[k].load_state_dict(H.nets[k].state_dict())
 
 @seeded
 def train_detectors(run, s, name, a, check, build, f, train, validation):
@@ -337,10 +336,9 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-def first_two(model, build):
+def first_two(model):
     """The model with d_1 and d_2 alone, of which most tables speak."""
-    nets = [common.part_of(model.H.nets, model.H.K, k, build(1)) for k in (0, 1)]
-    H = Detectors(nets)
+    H = Detectors(model.H.nets[:2])
     return model._replace(H=H, fast=frozen_copy(H))
 
 def auroc(positive, negative):
@@ -631,7 +629,7 @@ def main(argv=None):
         return trained
     @once
     def pairs():
-        return {name: first_two(model, build) for name, model in models().items()}
+        return {name: first_two(model) for name, model in models().items()}
     run.experiments(
         EXPERIMENTS,
         f=f,

@@ -54,11 +54,11 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import Diverged, Images, Training, UserError, batches, fast_precision, input_gradient
 from common import load_images, once, rate, repeat, seeded, value
 
@@ -77,9 +77,9 @@ SETTINGS = common.settings(
     # training: Alg. 3, Tab. 2.3
     p0=("letters", "letters", "tinyimagenet", "imagenet", "tinyimagenet", "imagenet", "imagenet", "imagenet",
         "a data set by name, or NAME:n for its first n classes"),
-    augment=("none", "none", "crop", "medium", "crop", "mild", "medium", "medium",
-             "of the data: none; crop (pad 4, flip); of large pictures rrc (resized crop), mild, medium"),
-    augment_p0=("none", "none", "crop", "rrc", "crop", "rrc", "rrc", "rrc", "the same, for p0"),
+    augment=("none", "none", "crop_flip", "medium", "crop_flip", "mild", "medium", "medium",
+             "of the data: none, crop, crop_flip; of large pictures rrc (resized crop), mild, medium"),
+    augment_p0=("none", "none", "crop_flip", "rrc", "crop_flip", "rrc", "rrc", "rrc", "the same, for p0"),
     batch=(48, 48, 32, 16, 32, 40, 40, 32, "m: data images, and as many of p0, in an update"),
     lr=(5e-4, 5e-4, 5e-4, 5e-5, 5e-4, 5e-5, 5e-5, 5e-5, "of Adam, betas (0, 0.99)"),
     k_min=(0, "first K; k_min = k_max is Alg. 1"),

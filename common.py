@@ -19,6 +19,8 @@ The names that you meet in a script, and may take on trust:
 Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; networks scale or normalise
 inside. The rooms: the run, speed, data, networks; then, underscored, file formats and devices.
 """
+import signal
+_ON_CTRL_C = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: it ends them quietly
 import argparse
 import collections
 import contextlib
@@ -26,8 +28,10 @@ import copy
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -40,12 +44,13 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "Agg"  # pictures go to files; a notebook's choice may not even be installed here
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -53,8 +58,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as T
 from torchvision.utils import make_grid
 
-matplotlib.use("Agg")  # files only: the same picture with and without a screen
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of the backend)
+import matplotlib.pyplot as plt
+signal.signal(signal.SIGINT, _ON_CTRL_C)
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32; what may be rounded asks for bfloat16
 
 class UserError(Exception):
@@ -73,14 +78,12 @@ def settings(columns, smoke, **rows):
     NAME-paper: the source's settings. A row is a setting: a value for each column (or one for all), then its
     help. smoke: what budget smoke changes in quick.
     """
-    kinds = {}
-    for name, (*values, _) in rows.items():
+    kinds, fields = {}, []
+    for name, (*values, text) in rows.items():
         if len(values) not in (1, len(columns)):
             raise ValueError(f"setting {name} has {len(values)} values for {len(columns)} columns")
         kinds[name] = float if any(isinstance(v, float) for v in values) else type(values[0])
-    fields = []
-    for name, row in rows.items():
-        fields.append((name, kinds[name], dataclasses.field(metadata={"help": row[-1]})))
+        fields.append((name, kinds[name], dataclasses.field(metadata={"help": text})))
     Settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
     table = {}
     for position, heading in enumerate(columns):
@@ -139,8 +142,8 @@ def parse_args(doc, table, experiments, argv=None):
     p.add_argument("-h", "--help", action="help", help="this text, for the chosen --dataset and --budget")
     p.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="these, not the headline experiments")
     p.add_argument("--list", action="store_true", help="list experiments, costs, published numbers")
-    p.add_argument("--data-dir", type=Path, default=Path("data"), help="of NAME.npz and image folders (data)")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (runs)")
+    p.add_argument("--data-dir", type=_path, default=Path("data"), help="NAME.npz, image folders (data)")
+    p.add_argument("--out", type=_path, default=Path("runs"), help="where the run's folder is made (runs)")
     p.add_argument("--seed", type=_whole, default=0, help="of everything random (0)")
     p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (250; a GPU 1600)")
     p.add_argument("--fresh", action="store_true", help="drop this run's checkpoints, logs and results first")
@@ -192,6 +195,11 @@ def _print_list(registry, dataset):
 
 def call(main):
     """Run a script's main; what ends it early is one line on stderr and exit code 2, 1 (diverged) or 130."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # piped into head: ends as other commands do
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, Diverged, KeyboardInterrupt) as error:
@@ -261,8 +269,8 @@ class Run:
         self.script, self.args = script, args
         self.seed, self.chunk, self.data_dir = args.seed, args.chunk, args.data_dir
         self.device, self.smoke = torch.device(args.device), args.budget == "smoke"
-        out = args.out.expanduser()
-        self.folder, self.shared = out / f"{script}-{args.dataset}", out / f"shared-{args.dataset}"
+        self.folder = args.out / f"{script}-{args.dataset}"
+        self.shared = args.out / f"shared-{args.dataset}"
         try:
             for folder in (self.folder, self.shared):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +319,8 @@ class Run:
 
     def save(self, figure, name):
         """Write a figure to NAME.png and close it."""
-        figure.savefig(self.folder / f"{name}.png", dpi=110)
+        with _whole_file(self.folder / f"{name}.png") as scratch:
+            figure.savefig(scratch, dpi=110, format="png")
         plt.close(figure)
 
     def pictures(self, name, rows, columns):
@@ -422,10 +431,7 @@ class Training:
 
     def log(self, **numbers):
         """Numbers or 0-d tensors of this update, for the log; nothing waits for the device here."""
-        kept = {}
-        for key, number in numbers.items():
-            kept[key] = number.detach() if isinstance(number, torch.Tensor) else number
-        self.since.append(kept)
+        self.since.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()})
 
     def stop(self):
         """This update is the last one."""
@@ -459,10 +465,11 @@ class Training:
     def _write_log(self):
         """log-NAME.csv from the rows: after a resume it holds what the checkpoint knows, no more."""
         names = dict.fromkeys(itertools.chain(*self.rows))
-        with open(self.folder / f"log-{self.name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=names or ["it"])
-            writer.writeheader()
-            writer.writerows(self.rows)
+        with _whole_file(self.folder / f"log-{self.name}.csv") as scratch:
+            with open(scratch, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=names or ["it"])
+                writer.writeheader()
+                writer.writerows(self.rows)
 
     def _save(self):
         """The checkpoint NAME.pt: state, what it was made from, the generators; atomic."""
@@ -473,15 +480,14 @@ class Training:
             state["rng"]["cuda"] = torch.cuda.get_rng_state(self.run.device)
         for key, part in self.parts.items():
             state[key] = part if isinstance(part, (torch.Tensor, list)) else part.state_dict()
-        scratch = Path(f"{self.file}.tmp")
-        torch.save(state, scratch)
-        os.replace(scratch, self.file)
+        with _whole_file(self.file) as scratch:
+            torch.save(state, scratch)
 
 def seeded(function):
     """Decorator: random numbers of function(run, ...) depend on --seed alone; others' stay as they were."""
     @functools.wraps(function)
     def wrapped(run, *arguments, **options):
-        with _own_generators(run.device):
+        with torch.random.fork_rng([torch.cuda.current_device()] if run.device.type == "cuda" else []):
             torch.manual_seed(run.seed)
             return function(run, *arguments, **options)
     return wrapped
@@ -631,6 +637,7 @@ IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, 
     "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "svhn": (3, 32, 10), "tinyimagenet": (3, 64, 200),
 }
 FOLDERS = ("celebahq", "celeba", "afhq_cat", "lsun_church", "imagenet", "flowers102")  # of picture files
+LABELLED = ("imagenet", "flowers102", "tiny-imagenet-200")  # each class has a folder
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnpqrstuvwxyz"  # without I, O, l, o: those are a 1 and a 0
 SYMBOLS = "#$%&+=<>?@{}~!" + "\u0393\u0394\u0398\u03a3\u03a9\u03b1\u03b2\u03bb\u221e\u2192"
@@ -679,7 +686,7 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}'; known: train, test")
     if name in FOLDERS:
-        return Pictures(_image_files(data_dir / name, split), side or 256, name)
+        return Pictures(*_picture_files(data_dir / name, split), side or 256, name)
     own_channels, own_side, classes = IN_MEMORY[name]
     channels, side = channels or own_channels, side or own_side
     file = data_dir / f"{name}.npz"
@@ -688,7 +695,8 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
     elif file.exists():
         x, y = _read_npz(file, split, IN_MEMORY[name])
     elif name == "tinyimagenet":
-        x, y = _read_tiny_imagenet(data_dir, split)
+        pictures = in_memory(Pictures(*_picture_files(data_dir / "tiny-imagenet-200", split), 64, name))
+        x, y = pictures.x, pictures.y
     else:
         x, y = _download(name, split, data_dir)
     if x.shape[-2:] != (side, side):
@@ -733,9 +741,9 @@ def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2
     """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
 
     Batch t depends on (seed, t) alone: a run resumed at `start` sees the images that it would have seen.
-    augment: "none"; "crop" (pad 4, crop, flip) of Images; a name of CROPS (and flip) of Pictures.
+    augment: none; of Images crop (after padding by 4) or crop_flip; of Pictures a name of CROPS (and flip).
     """
-    known = ("none", "crop") if isinstance(images, Images) else ("none", *CROPS)
+    known = ("none", "crop", "crop_flip") if isinstance(images, Images) else ("none", *CROPS)
     if augment not in known:
         raise UserError(f"no augmentation '{augment}' for {images.name}; known: {', '.join(known)}")
     if isinstance(images, Images):
@@ -746,7 +754,9 @@ def _batches_in_memory(images, size, seed, start, augment, device):
     for t in itertools.count(start):
         index = batch_index(len(images), size, seed, t)
         x = images.take(index).to(device)
-        yield (crop_flip(x, seed + 31 * t) if augment == "crop" else x), index
+        if augment != "none":
+            x = crop_flip(x, seed + 31 * t, flip=augment == "crop_flip")
+        yield x, index
 
 def _batches_of_pictures(images, size, seed, start, augment, device, workers):
     def keys():
@@ -852,10 +862,24 @@ CROPS = {  # random-resized-crops of large pictures: relative area, aspect, prob
     "medium": ((0.8, 1), (0.9, 1.1), 0.5)}
 
 class Pictures(torch.utils.data.Dataset):
-    """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed)."""
-    def __init__(self, files, side, name):
-        self.files, self.side, self.name = files, side, name
+    """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed).
+
+    folders: for each file the name of its class folder, or None; classes: those of the train split.
+    """
+    def __init__(self, files, folders, classes, side, name):
+        self.files, self.folders, self.classes, self.side, self.name = files, folders, classes, side, name
         self.shape = (3, side, side)
+        for file in files:  # what its first bytes tell is said now, and not after an hour
+            _open_picture(file, header=True)
+
+    @property
+    def y(self):
+        """Labels int64 [N]: places of the folders in `classes`; UserError for one that is not there."""
+        for file, folder in zip(self.files, self.folders):
+            if folder not in self.classes:
+                where = f"{folder} is no class" if folder else "it is in no class folder"
+                raise UserError(f"{file}: {where} of the train split ({len(self.classes)} folders)")
+        return torch.tensor([self.classes.index(folder) for folder in self.folders])
 
     def __len__(self):
         return len(self.files)
@@ -874,19 +898,15 @@ class Pictures(torch.utils.data.Dataset):
     def to(self, device):
         return self  # pictures stay in their files; a batch moves to the device when it is used
 
-def in_memory(pictures, workers=2):
-    """Pictures -> Images: all of them read (centre crops), with their labels."""
-    loader = torch.utils.data.DataLoader(pictures, batch_size=64, num_workers=workers,
+def in_memory(pictures, index=slice(None), workers=2):
+    """Pictures -> Images: these of them, as centre crops, with their labels where the set has any."""
+    index = torch.arange(len(pictures))[index]
+    y = pictures.y if pictures.classes else torch.zeros(len(pictures), dtype=torch.long)
+    loader = torch.utils.data.DataLoader(pictures, 64, sampler=index.tolist(), num_workers=workers,
                                          generator=torch.Generator())  # else it draws from everybody's
     with _errors_of_workers():
         parts = list(loader)
-    return Images(torch.cat(parts), folder_labels(pictures), pictures.name)
-
-def folder_labels(pictures):
-    """Labels int64 [N] of Pictures: the rank of each file's folder among these files' folders."""
-    names = [file.parent.name for file in pictures.files]
-    rank = {name: i for i, name in enumerate(sorted(set(names)))}
-    return torch.tensor([rank[name] for name in names])
+    return Images(torch.cat(parts), y[index], pictures.name)
 
 def picture_tensor(picture, side, crop="none", seed=0):
     """A PIL picture -> uint8 [C, side, side]: resized and centre-cropped, or cropped as in CROPS and flipped.
@@ -905,27 +925,66 @@ def picture_tensor(picture, side, crop="none", seed=0):
             picture = T.hflip(picture)
     return T.pil_to_tensor(picture)
 
-def _open_picture(file):
-    """A file -> RGB picture; UserError that names it when it cannot be read."""
+def _open_picture(file, header=False):
+    """A file -> RGB picture, upright, on white where it is transparent, or its header's size; UserError."""
     try:
         with Image.open(file) as picture:
+            if header:
+                return picture.size
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits of grey
+                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
             return picture.convert("RGB")
     except Exception as error:
         raise UserError(f"{file}: unreadable image ({type(error).__name__})") from None
 
-def _image_files(folder, split):
-    """Sorted image files of folder/train, or of folder/test or val; of the whole folder where it has none."""
-    names = {"train": ["train"], "test": ["test", "val"]}[split]
-    inside = [folder / name for name in names if (folder / name).is_dir()]
-    if not inside and any((folder / name).is_dir() for name in ("train", "test", "val")):
-        raise UserError(f"{folder}: no {split} split (no sub-folder {' or '.join(names)})")
-    folder = inside[0] if inside else folder
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+
+def _picture_files(folder, split):
+    """A folder of pictures -> files of the split, sorted; the class folder of each, or None; train's classes.
+
+    Sub-folders named as in SPLITS hold the splits. Where there is none, a tenth of the files is to test,
+    chosen by a hash of their names.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; put png, jpg or webp images there, in any sub-folders")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    inside, homes = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}, {}
+    for kind, names in SPLITS.items():
+        homes[kind] = next((inside[name] for name in names if name in inside), None)
+    if not any(homes.values()):
+        print(f"{folder}: no folder {', '.join(itertools.chain(*SPLITS.values()))}; a tenth is to test")
+        homes = dict.fromkeys(SPLITS, folder)
+    elif folder.name == "tiny-imagenet-200":
+        homes["test"] = folder / "val"  # what it calls test has no labels
+    home, train = homes[split], homes["train"] or folder
+    files = _files_below(home) if home else []
+    if homes["train"] == homes["test"]:
+        def to_test(file):
+            return hashlib.sha1(file.relative_to(folder).as_posix().encode()).digest()[0] % 10 == 0
+        files = [file for file in files if to_test(file) == (split == "test")]
     if not files:
-        raise UserError(f"{folder}: no png, jpg or webp image in it")
-    return files
+        raise UserError(f"{home or folder}: no {split} split, png, jpg or webp; folders: {', '.join(inside)}")
+    folders = [_class_folder(file, home) for file in files]
+    if (home / "val_annotations.txt").exists():  # Tiny ImageNet; else sorted into class folders
+        lines = (home / "val_annotations.txt").read_text().splitlines()
+        class_of = {line.split("\t")[0]: line.split("\t")[1] for line in lines if "\t" in line}
+        folders = [class_of.get(file.name) for file in files]
+    names = {_class_folder(file, train) for file in _files_below(train)} if folder.name in LABELLED else ()
+    return files, folders, sorted(set(names) - {None})
+
+def _class_folder(file, home):
+    """The first folder on the way from `home` to a file; None where it lies in `home` itself."""
+    way = file.relative_to(home).parts
+    return way[0] if len(way) > 1 else None
+
+def _files_below(folder):
+    """Sorted pictures in a folder and those below it; links are followed, hidden names (.x) are left out."""
+    names = sorted(glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True), reverse=True)
+    pictures = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+    return sorted({os.path.realpath(name): Path(name) for name in pictures}.values())  # each file once
 
 @contextlib.contextmanager
 def _errors_of_workers():
@@ -950,6 +1009,8 @@ def _read_npz(file, split, expected):
     wanted = (side, side) if channels == 1 else (side, side, channels)
     if x.dtype != np.uint8 or x.shape[1:] != wanted or not len(x):
         raise UserError(f"{file}: x_{split} is {x.dtype} {x.shape}; expected uint8 (N, {str(wanted)[1:]}")
+    if x.max() <= 1:
+        raise UserError(f"{file}: x_{split} holds 0 and 1 only; expected 0 to 255 (times 255?)")
     y = y.reshape(-1)
     if len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
         raise UserError(f"{file}: y_{split} is {y.dtype} ({len(y)},); expected {len(x)} integers")
@@ -966,30 +1027,14 @@ def _download(name, split, data_dir):
     try:
         made = getattr(torchvision.datasets, kinds[name])(str(data_dir), download=True, **which)
     except Exception as error:
+        mend = "pip install scipy" if isinstance(error, ImportError) else "mend the network"
         raise UserError(f"{name}: no {data_dir / name}.npz, and no download ({_first_line(error)}); put an "
-                        ".npz with x_train, y_train, x_test, y_test there, or mend the network") from None
+                        f".npz with x_train, y_train, x_test, y_test there, or {mend}") from None
     x = torch.as_tensor(np.asarray(made.data))
     y = torch.as_tensor(np.asarray(made.labels if name == "svhn" else made.targets)).long()
     if name == "svhn":
         return x, y
     return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()), y
-
-def _read_tiny_imagenet(data_dir, split):
-    """The published tiny-imagenet-200 folder -> uint8 [N, 3, 64, 64], int64 [N]; val is our test split."""
-    folder = data_dir / "tiny-imagenet-200"
-    if not (folder / "train").is_dir():
-        raise UserError(f"tinyimagenet: put {data_dir / 'tinyimagenet.npz'} or the unpacked folder {folder} "
-                        "there (unpack cs231n.stanford.edu's zip)")
-    names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
-    if split == "train":
-        files = sorted((folder / "train").glob("*/images/*.JPEG"))
-        pairs = [(file, file.parents[1].name) for file in files]
-    else:
-        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-        columns = [line.split("\t") for line in lines]
-        pairs = [(folder / "val" / "images" / column[0], column[1]) for column in columns]
-    x = torch.stack([picture_tensor(_open_picture(file), 64) for file, _ in pairs])
-    return x, torch.tensor([names.index(name) for _, name in pairs])
 
 def _first_line(error):
     """An exception in few words."""
@@ -1154,11 +1199,9 @@ class Pretrained(Pooled):
         except Exception as error:
             raise UserError(f"{name}: torchvision has no weights for it here ({_first_line(error)}); take a "
                             "network that is trained here") from None
-        for parent in list(self.net.modules()):
-            for child, layer in list(parent.named_children()):
-                if isinstance(layer, nn.Linear):
-                    place, last = (parent, child), layer
-        setattr(*place, nn.Identity())
+        name, last = [pair for pair in self.net.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+        parent, _, child = name.rpartition(".")
+        setattr(self.net.get_submodule(parent), child, nn.Identity())
         self.head = last if outputs == 1000 else nn.Linear(last.in_features, outputs)
         _normalising(self, *IMAGENET)
 
@@ -1200,60 +1243,6 @@ class InceptionFeatures(nn.Module):
     def features(self, x):
         x = F.interpolate(x.expand(-1, 3, -1, -1), size=(299, 299), mode="bilinear", antialias=True)
         return self.net(2 * x - 1)
-
-# --- K networks side by side (dissertation 3.2, 3.4) ------------------------------------------------------
-class GroupedLinear(nn.Module):
-    """`groups` linear layers side by side: [B, groups * c_in] -> [B, groups * c_out]."""
-    def __init__(self, groups, c_in, c_out):
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.zeros(groups, c_out, c_in))  # not a view: autocast keeps a copy
-        self.bias = nn.Parameter(torch.zeros(groups * c_out))
-    def forward(self, x):
-        x = x.unflatten(1, (self.groups, -1)).permute(1, 2, 0)                  # [groups, c_in, B]
-        return (self.weight @ x).permute(2, 0, 1).flatten(1) + self.bias
-
-def side_by_side(nets):
-    """K networks of one architecture as one: [B, K C, S, S] -> [B, K outputs], each on its own channels.
-    Tensors of its state_dict are theirs laid end to end: part_of() takes them apart. BatchNorm: eval mode."""
-    K, wide = len(nets), copy.deepcopy(nets[0])
-    if K > 1:
-        for parent in list(wide.modules()):
-            for name, layer in parent.named_children():
-                setattr(parent, name, _grouped(layer, K))
-    for name, buffer in wide.named_buffers(recurse=False):  # mean and std of ResNet
-        setattr(wide, name, buffer.repeat(1, K, 1, 1))
-    states = [net.state_dict() for net in nets]
-    joined = {}
-    for key, mine in wide.state_dict().items():
-        parts = [state[key] for state in states]
-        joined[key] = torch.cat(parts).view_as(mine) if mine.dim() else parts[0]
-    wide.load_state_dict(joined)
-    wide.train(nets[0].training)
-    return to_device(wide, next(nets[0].parameters()).device)
-
-def _grouped(m, K):
-    """The layer that does what K layers such as m do, side by side."""
-    if isinstance(m, nn.Conv2d):
-        return nn.Conv2d(K * m.in_channels, K * m.out_channels, m.kernel_size, m.stride, m.padding, groups=K,
-                         bias=m.bias is not None)
-    if isinstance(m, nn.Linear):
-        return GroupedLinear(K, m.in_features, m.out_features)
-    if isinstance(m, nn.BatchNorm2d):
-        return nn.BatchNorm2d(K * m.num_features, eps=m.eps)
-    if hasattr(m, "groups"):
-        m.groups = K
-    elif next(m.parameters(recurse=False), None) is not None:
-        raise TypeError(f"side_by_side: no way to group a {type(m).__name__}")
-    return m
-
-def part_of(wide, K, k, net):
-    """The k-th (from 0) of the K networks that side_by_side() joined, as its weights for `net`, filled in."""
-    own, mine = net.state_dict(), {}
-    for key, joined in wide.state_dict().items():
-        mine[key] = joined.chunk(K)[k].reshape(own[key].shape) if joined.dim() else joined
-    net.load_state_dict(mine)
-    return net
 
 # --- networks of the dissertation, ch. 2 and 3.3 ----------------------------------------------------------
 class ResNet(Pooled):
@@ -1325,12 +1314,12 @@ def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, aug
     """A classifier of labelled Images -> the network, in eval mode, with frozen weights.
 
     build() makes the untrained network. Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9,
-    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: none, crop,
-    crop_flip. adversary(model, x, y) -> x: attacks each batch (adversarial training). Labels [N], or masks
-    [N, S, S] for a map of logits. shared: kept where other scripts that train the same find it.
+    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as in batches.
+    adversary(model, x, y) -> x: attacks each batch (adversarial training). Labels [N], or masks [N, S, S] for
+    a map of logits. shared: kept where other scripts that train the same find it.
     """
-    if augment not in ("none", "crop", "crop_flip"):
-        raise UserError(f"no augmentation '{augment}'; known: none, crop, crop_flip")
+    if data.y.min() == data.y.max():
+        raise UserError(f"{name}: all {len(data)} images of {data.name} are of one class")
     model = to_device(build(), run.device)
     if sgd:
         optimizer = torch.optim.SGD(model.parameters(), sgd, momentum=0.9, weight_decay=2e-4)
@@ -1343,12 +1332,10 @@ def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, aug
                  "images": data, "adversary": adversary, **(made_from or {})}
     training = Training(run, name, made_from, unique=shared, folder=run.shared if shared else None,
                         model=model, optimizer=optimizer, schedule=schedule)
-    stream = batches(data, batch, run.seed + 2, training.it, "none", run.device)
+    stream = batches(data, batch, run.seed + 2, training.it, augment, run.device)
     for it in training.updates(iterations):
         x, index = next(stream)
         y = data.y[index.to(data.y.device)].to(run.device).long()
-        if augment != "none":
-            x = crop_flip(x, run.seed + 2 + 31 * (it - 1), flip=augment == "crop_flip")
         if adversary:
             x = adversary(model, x, y)
         model.train()
@@ -1396,15 +1383,14 @@ def _load_checkpoint(file, made_from, run):
     """What Training saved, or None; sets the generators. UserError if it was made from something else."""
     if not file.exists():
         return None
-    state, changed = read_checkpoint(file), []
+    state = read_checkpoint(file)
     if state["smoke"] and not run.smoke:
         print(f"{file} is from a smoke run: starting over")
         return None
-    for key in {**state["made_from"], **made_from}:
-        then, now = state["made_from"].get(key), made_from.get(key)
-        if then != now:
-            changed.append(f"{key} {then} (now {now})")
-    if changed:
+    then = state["made_from"]
+    differ = [key for key in {**then, **made_from} if then.get(key) != made_from.get(key)]
+    if differ:
+        changed = [f"{key} {then.get(key)} (now {made_from.get(key)})" for key in differ]
         raise UserError(f"{file} was made with {', '.join(changed)}: use the same settings and files, "
                         "--fresh, or another --out")
     torch.set_rng_state(state["rng"]["cpu"])
@@ -1423,11 +1409,16 @@ def read_checkpoint(file):
     return state
 
 @contextlib.contextmanager
-def _own_generators(device):
-    """Inside, random numbers may be drawn and seeds set; afterwards the generators are as they were."""
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
+def _whole_file(file):
+    """A name to write to; then renamed, so that `file` is whole or as before. UserError where that fails."""
+    scratch = Path(f"{file}.tmp")
+    try:
+        yield scratch
+        os.replace(scratch, file)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        raise UserError(f"{file}: cannot be written ({_first_line(error)})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 def _read_json(file):
     """A JSON file as a dict; {} where there is none."""
@@ -1439,10 +1430,9 @@ def _read_json(file):
         raise UserError(f"{file}: not readable; move it away, or --fresh") from None
 
 def _write_json(file, content):
-    """Write a small file whole or not at all: to a temporary name, then renamed."""
-    scratch = Path(f"{file}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    os.replace(scratch, file)
+    """A JSON file, whole or not at all."""
+    with _whole_file(file) as scratch:
+        scratch.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 def _number(text):
     """A non-negative number that may be a fraction: '8/255' -> 0.0314, 'inf' allowed."""
@@ -1459,6 +1449,9 @@ def _whole(text):
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
     return int(text)
+
+def _path(text):
+    return Path(text).expanduser()
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage before it; one line is what a reader wants

@@ -54,12 +54,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import common
 from common import Training, UserError, by_parts, fast_precision, frozen_copy, input_gradient
 from common import once, rate, repeat, seeded, value
 
@@ -596,10 +596,7 @@ def subset(name, data, seed, part):
     if isinstance(data, common.Images):
         index = index.to(data.x.device)
         return common.Images(data.x[index], data.y[index], name)
-    labels = common.folder_labels(data)[index]
-    files = [data.files[i] for i in index]
-    pictures = common.in_memory(common.Pictures(files, data.side, name))
-    return common.Images(pictures.x, labels, name)
+    return replace(common.in_memory(data, index), name=name)
 
 def main(argv=None):
     args = get_args(argv)
@@ -613,7 +610,7 @@ def main(argv=None):
     held = subset("held", data, 321, slice(s.pairs, s.pairs + s.held))
     tested = subset("tested", test, 123, slice(0, s.natural)).to(args.device)
     vgg_file = common.weights_at_hand("vgg16-397923af.pth", args.data_dir)
-    if folders and (vgg_file is None or common.folder_labels(test).max() != 999):
+    if folders and (vgg_file is None or len(test.classes) != 1000):
         raise UserError("imagenet wants vgg16-397923af.pth in --data-dir, and test images in 1000 folders")
     classes = 1000 if folders else common.IN_MEMORY[args.dataset][2] - s.first_class
     build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)

@@ -45,12 +45,12 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 
-import common
 from common import Training, UserError, by_parts, fast_precision, input_gradient, once, repeat
 from common import rate, seeded, value
 
@@ -90,16 +90,16 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
 # --- the model: K networks d_k, and Bayes' rule -------------------------------------------------------------
 
 class Detectors(nn.Module):
-    """K networks with one output each, run as one with K groups of channels; always in eval mode."""
+    """K networks with one output each; always in eval mode."""
     def __init__(self, nets):
         super().__init__()
-        self.K, self.nets = len(nets), common.side_by_side(nets)
+        self.K, self.nets = len(nets), nn.ModuleList(nets)
 
     def forward(self, x):
         """All on each image [n, C, S, S] -> [n, K]; or each on its own images [K, n, C, S, S] -> [K, n]."""
         if x.dim() == 4:
-            return self.nets(x.repeat(1, self.K, 1, 1))
-        return self.nets(x.transpose(0, 1).flatten(1, 2)).T  # [n, K C, S, S]: a group for each
+            return torch.cat([net(x) for net in self.nets], 1)
+        return torch.cat([net(own).T for net, own in zip(self.nets, x)])
 
 class Generative(nn.Module):
     """The generative classifier (3.43): d(x) + c for images [n, C, S, S] -> [n, K]; the largest wins."""
@@ -259,7 +259,7 @@ def train_d(run, s, name, train, classes, auxiliary=None):
     nets = []
     for _ in classes:
         net = common.make_net(s.net, 1, train.shape, s.width)
-        nets.append(net.to(run.device).eval())
+        nets.append(common.to_device(net, run.device).eval())
     d = Detectors(nets)
     optimizer = torch.optim.SGD(d.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * s.updates)])

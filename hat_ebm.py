@@ -46,11 +46,11 @@ logit, as DDLS wants. Rates stay constant. The published cooperative code leaves
 from functools import partial
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import Diverged, Training, UserError, by_parts, fast_precision, follow, frozen_copy
 from common import input_gradient, load_on_device, once, repeat, seeded, value
 

@@ -46,11 +46,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import Diverged, Images, Training, UserError, by_parts, fast_precision, follow, frozen_copy
 from common import input_gradient, load_on_device, once, rate, repeat, seeded, value
 
@@ -615,7 +615,7 @@ def main(argv=None):
     run = common.Run("lifecycle_midrun", args)
     run.chunk //= max(data.shape[1] // 32, 1) ** 2  # fewer large pictures at once
     def learned(net_name, net, images, held_out, iterations, kind=Defence, **options):
-        build = partial(net, int(held_out.y.max()) + 1, data.shape)
+        build = partial(net, int(images.y.max()) + 1, data.shape)
         network = common.train_classifier(run, net_name, build, images, iterations, **options)
         return Task(kind(network, s.k, *chains(), run.chunk), *held_out.some(s.images))
     def mask_task():

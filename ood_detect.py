@@ -49,12 +49,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-import common
 from common import Images, Training, UserError, batches, by_parts, fast_precision, input_gradient
 from common import load_images, once, repeat, seeded, value
 
@@ -318,7 +318,7 @@ def train(run, s, name, data, p0):
     if method.inside:
         made_from["attacks"] = attack_in, attack_out
     training = Training(run, name, made_from, {"loss": 1e4}, net=net, optimizer=optimizer)
-    crop = "crop" if s.augment == "auto" else "none"
+    crop = "crop_flip" if s.augment == "auto" else "none"
     stream = batches(data, s.batch, run.seed, training.it, crop, run.device)
     stream_p0 = batches(p0, s.batch, run.seed + 1, training.it, crop, run.device)
     for _ in training.updates(s.updates):

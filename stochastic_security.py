@@ -47,11 +47,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import Training, UserError, by_parts, fast_precision, follow, frozen_copy, input_gradient, once
 from common import rate, repeat, seeded, value
 

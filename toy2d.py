@@ -50,13 +50,13 @@ import textwrap
 from dataclasses import replace
 from functools import partial
 
+import common  # before torch, so that Ctrl-C ends even its import quietly
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 from common import Diverged, input_gradient, value
 
 # --- settings -----------------------------------------------------------------------------------------------

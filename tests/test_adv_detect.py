@@ -65,7 +65,7 @@ def test_detectors_side_by_side_are_the_detectors(shape):
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
     assert torch.allclose(H(x), alone, atol=1e-4, rtol=1e-3)
     assert torch.allclose(H(x[1]), torch.cat([net(x[1]) for net in nets], 1), atol=1e-4, rtol=1e-3)
-    pair = ad.first_two(model_of(H), lambda outputs: ad.network(outputs, shape, 0.1, "cpu"))
+    pair = ad.first_two(model_of(H))
     assert pair.H.K == 2 and torch.allclose(pair.H(x[:2]), alone[:2], atol=1e-4, rtol=1e-3)
     assert torch.allclose(pair.fast(x[:2]), alone[:2], atol=0.05, rtol=0.05)
 
@@ -460,8 +460,7 @@ def test_each_detector_keeps_the_weights_of_its_own_best_validation(tmp_path, mo
     assert len(after) == 5                                                      # after 3, 6, ..., 15
     assert model.auc.tolist() == pytest.approx([0.6, 0.7, 0.2], abs=0.051)
     for k, when in ((0, 0), (1, 3), (2, 3)):                                    # of equals the later one
-        net = ad.network(1, (1, 28, 28), 0.1, "cpu")
-        parts = [copy.deepcopy(common.part_of(H.nets, 3, k, net).state_dict()) for H in (model.H, *after)]
+        parts = [H.nets[k].state_dict() for H in (model.H, *after)]
         assert [all(torch.equal(parts[0][key], part[key]) for key in part) for part in parts[1:]] == [
             i == when for i in range(5)]
     assert model.check == Steps("inf", 0.25, 3, 0.1)
@@ -895,7 +894,7 @@ def wiring(tmp_path, monkeypatch, *flags):
         return name
     monkeypatch.setattr(common, "train_classifier", classifier)
     monkeypatch.setattr(ad, "train_detectors", detectors)
-    monkeypatch.setattr(ad, "first_two", lambda model, build: f"two of {model}")
+    monkeypatch.setattr(ad, "first_two", lambda model: f"two of {model}")
     monkeypatch.setattr(common.Run, "experiments", lambda self, registry, **have: setattr(made, "have", have))
     ad.main(["--out", str(tmp_path), "--device", "cpu", *map(str, flags)])
     made.have = {key: thing() if isinstance(thing, common.once) else thing for key, thing in made.have.items()}

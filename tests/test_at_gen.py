@@ -444,12 +444,12 @@ def test_each_side_has_its_own_stream_and_augmentation(tmp_path, monkeypatch, gl
         return real(images, size, seed, start, augment, device)
 
     monkeypatch.setattr(at_gen, "batches", recorded)
-    run, s = begin(tmp_path, "--seed", 8, "--augment", "crop", "--k-max", 0)
+    run, s = begin(tmp_path, "--seed", 8, "--augment", "crop_flip", "--k-max", 0)
     train_f(run, s, "f", glyphs, letters)
-    run, s = begin(tmp_path / "other", "--augment-p0", "crop", "--k-max", 0)
+    run, s = begin(tmp_path / "other", "--augment-p0", "crop_flip", "--k-max", 0)
     train_f(run, s, "f", glyphs, letters)
-    assert streams == [(glyphs, 4, 8, 0, "crop"), (letters, 4, 9, 0, "none"),
-                       (glyphs, 4, 0, 0, "none"), (letters, 4, 1, 0, "crop")]
+    assert streams == [(glyphs, 4, 8, 0, "crop_flip"), (letters, 4, 9, 0, "none"),
+                       (glyphs, 4, 0, 0, "none"), (letters, 4, 1, 0, "crop_flip")]
 
 
 def test_the_log_measures_in_every_second_line(tmp_path, monkeypatch, glyphs, letters):
@@ -555,7 +555,7 @@ def test_finished_training_is_not_repeated(tmp_path, monkeypatch, glyphs, letter
 
 @pytest.mark.parametrize("flags", [("--lr", 0.001), ("--k-min", 1), ("--k-max", 3), ("--step", 2), ("--eps", 3), ("--r1", 1),
                                    ("--batch", 5), ("--iters-per-k", 3), ("--width", 0.25),
-                                   ("--indist-steps", 1), ("--augment", "crop"), ("--augment-p0", "crop")])
+                                   ("--indist-steps", 1), ("--augment", "crop_flip"), ("--augment-p0", "crop")])
 def test_other_settings_do_not_reuse_a_checkpoint(tmp_path, glyphs, letters, flags):
     run, s = begin(tmp_path)
     train_f(run, s, "f", glyphs, letters)

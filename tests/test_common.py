@@ -170,20 +170,6 @@ def test_unknown_set_lists_the_known():
         load_images("nist")
 
 
-def test_tiny_imagenet_folder(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
-    for w in ("n01", "n02"):
-        (root / "train" / w / "images").mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(root / "train" / w / "images" / f"{w}_{i}.JPEG")
-    (root / "val" / "images").mkdir(parents=True)
-    Image.new("L", (64, 64), 7).save(root / "val" / "images" / "val_0.JPEG")
-    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\n")
-    train, test = (load_images("tinyimagenet", s, tmp_path, side=32) for s in ("train", "test"))
-    assert train.x.shape == (6, 3, 32, 32)
-    assert train.y.tolist() == [0, 0, 0, 1, 1, 1] and test.y.tolist() == [1]
-
-
 # --- folders of pictures ---
 
 
@@ -191,7 +177,7 @@ def test_tiny_imagenet_folder(tmp_path):
 def pictures(tmp_path):
     random = np.random.RandomState(3)
     for i, suffix in enumerate(("png", "jpg", "webp", "PNG", "jpeg")):
-        file = tmp_path / "celebahq" / ("a" * (i % 2)) / f"{i}.{suffix}"
+        file = tmp_path / "celebahq" / "Training" / ("a" * (i % 2)) / f"{i}.{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.randint(0, 256, (50, 40 + 8 * i, 3), dtype=np.uint8)).save(file)
     return tmp_path
@@ -219,34 +205,13 @@ def iter_x(stream):
     return (x for x, _ in stream)
 
 
-def test_held_out_pictures_are_not_training_pictures(pictures):
-    folder = pictures / "celebahq"
-    (folder / "train").mkdir()
-    (folder / "0.png").rename(folder / "train" / "0.png")
-    with pytest.raises(UserError, match="no test split"):
-        load_images("celebahq", "test", pictures)
-    (folder / "val").mkdir()
-    (folder / "2.webp").rename(folder / "val" / "2.webp")
-    assert [len(load_images("celebahq", split, pictures)) for split in ("train", "test")] == [1, 1]
-
-
 def test_unreadable_picture_in_a_worker_is_one_line(pictures):
-    (pictures / "celebahq" / "0.png").write_bytes(b"torn")
     data = load_images("celebahq", "train", pictures, side=16)
+    file = pictures / "celebahq" / "Training" / "0.png"
+    file.write_bytes(file.read_bytes()[:300])  # after its header was read
     with pytest.raises(UserError) as caught:
         next(batches(data, 5, 0, workers=1))
     assert "0.png: unreadable image" in str(caught.value) and len(str(caught.value)) < 300
-
-
-def test_folder_errors(tmp_path, pictures):
-    with pytest.raises(UserError, match="no such folder"):
-        load_images("afhq_cat", "train", tmp_path)
-    (tmp_path / "afhq_cat").mkdir()
-    with pytest.raises(UserError, match="no png, jpg or webp"):
-        load_images("afhq_cat", "train", tmp_path)
-    (pictures / "celebahq" / "0.png").write_bytes(b"torn")
-    with pytest.raises(UserError, match="0.png: unreadable image"):
-        load_images("celebahq", "train", pictures).take(slice(None))
 
 
 # --- batches ---
@@ -698,7 +663,7 @@ def test_pictures_replaced_by_others_are_noticed(pictures):
     data = load_images("celebahq", "train", pictures, side=16)
     before = common._identity(data)
     assert before == common._identity(load_images("celebahq", "train", pictures, side=16))
-    os.utime(pictures / "celebahq" / "0.png", ns=(1, 1))
+    os.utime(pictures / "celebahq" / "Training" / "0.png", ns=(1, 1))
     assert common._identity(data) != before
 
 
@@ -721,7 +686,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", torn)
     whole = (tmp_path / "a.pt").read_bytes()
     training = Training(run_in(tmp_path), "a", {}, n=torch.ones(1))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="a.pt: cannot be written .*disk full"):
         training._save()
     assert (tmp_path / "a.pt").read_bytes() == whole
 

@@ -1029,7 +1029,7 @@ def test_smoke_run_of_every_experiment(tmp_path, outcome):
 def test_smoke_run_on_a_folder_with_pretrained_networks(tmp_path, outcome, monkeypatch):
     random = np.random.RandomState(0)
     data = tmp_path / "data"
-    for split, n in (("train", 14), ("val", 1000)):
+    for split, n in (("train", 1000), ("val", 14)):
         for i in range(n):
             file = data / "imagenet" / split / f"n{i:04}" / "1.png"
             file.parent.mkdir(parents=True)
@@ -1047,17 +1047,17 @@ def test_smoke_run_on_a_folder_with_pretrained_networks(tmp_path, outcome, monke
     assert results["loss_network"] == "VGG-16"
     for row in common.published("fixer", "imagenet", "table5.1"):  # beside ours in the closing table
         assert row["quantity"] in rows_of(results["rows"]) or "adversarial training" in row["quantity"]
-    (data / "imagenet" / "val" / "n0999" / "1.png").unlink()
+    (data / "imagenet" / "train" / "n0999" / "1.png").unlink()
     code, err = outcome(fixer, *flags)
     assert code == 2 and "1000" in err
 
 
 def test_labels_of_a_folder_are_ranks_among_all_its_folders(tmp_path):
     for i in range(12):
-        file = tmp_path / f"n{i:02}" / "1.png"
-        file.parent.mkdir()
+        file = tmp_path / "imagenet" / "train" / f"n{i:02}" / "1.png"
+        file.parent.mkdir(parents=True)
         Image.fromarray(np.full((8, 8, 3), 20 * i, dtype=np.uint8)).save(file)
-    data = common.Pictures(sorted(tmp_path.rglob("*.png")), 8, "imagenet")
+    data = common.load_images("imagenet", "train", tmp_path, side=8)
     some = fixer.subset("tested", data, 123, slice(2, 5))
     assert some.y.tolist() == common.shuffled(12, 123)[2:5].tolist() and some.name == "tested"
     assert (some.x.float().mean((1, 2, 3)).round() == 20 * some.y).all()
