@@ -344,8 +344,8 @@ def first_two(model):
 def auroc(positive, negative):
     """Probability that an in-distribution score [P] ranks above an out-distribution one [N]; ties: half."""
     ordered = negative.sort().values
-    below = torch.searchsorted(ordered, positive)
-    up_to = torch.searchsorted(ordered, positive, right=True)
+    below = torch.searchsorted(ordered, positive.contiguous())
+    up_to = torch.searchsorted(ordered, positive.contiguous(), right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
 @torch.no_grad()

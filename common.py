@@ -875,11 +875,12 @@ class Pictures(torch.utils.data.Dataset):
     @property
     def y(self):
         """Labels int64 [N]: places of the folders in `classes`; UserError for one that is not there."""
+        place = {name: i for i, name in enumerate(self.classes)}
         for file, folder in zip(self.files, self.folders):
-            if folder not in self.classes:
+            if folder not in place:
                 where = f"{folder} is no class" if folder else "it is in no class folder"
-                raise UserError(f"{file}: {where} of the train split ({len(self.classes)} folders)")
-        return torch.tensor([self.classes.index(folder) for folder in self.folders])
+                raise UserError(f"{file}: {where} of the train split ({len(place)} folders)")
+        return torch.tensor([place[folder] for folder in self.folders])
 
     def __len__(self):
         return len(self.files)
@@ -1314,11 +1315,11 @@ def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, aug
     """A classifier of labelled Images -> the network, in eval mode, with frozen weights.
 
     build() makes the untrained network. Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9,
-    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as in batches.
+    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as batches
     adversary(model, x, y) -> x: attacks each batch (adversarial training). Labels [N], or masks [N, S, S] for
     a map of logits. shared: kept where other scripts that train the same find it.
     """
-    if data.y.min() == data.y.max():
+    if iterations and data.y.min() == data.y.max():
         raise UserError(f"{name}: all {len(data)} images of {data.name} are of one class")
     model = to_device(build(), run.device)
     if sgd:

@@ -44,7 +44,6 @@ Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam,
 without its weights (vgg16-397923af.pth in --data-dir), a layer of f. The source has ImageNet only. On
 glyphs and MNIST tau is four times that of the energy's training, so that chains do damage to repair.
 """
-
 import copy
 import math
 import subprocess
@@ -76,7 +75,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     f_net=("small_cnn", "small_cnn", "wrn16", "efficientnet_b7", "wrn28", "efficientnet_b7", "small_cnn",
            "network (common.make_net)"),
     f_width=(1, 1, 4, 1, 10, 1, 2, "its width; of wrn the widening factor"),
-    f_iters=(300, 600, 6000, 0, 50_000, 0, 2500, "updates of f, batch 100"),
+    f_iters=(300, 600, 6000, 0, 50_000, 0, 2500, "updates of f, batch 100; 0: torchvision's weights"),
     f_sgd=(0.0, 0.0, 0.1, 0.0, 0.1, 0.0, 0.0, "rate of SGD, a tenth from 40 % on, again from 60 %; 0: Adam"),
     # the Fixer
     width=(0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 0.5, "of G; 1: 64 channels"),
@@ -391,8 +390,10 @@ def eot_attack(run, defence, x0, y, attack):
     period = attack.N + 1
     evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
-    made_from = {"f": defence.f, "chain": defence.chain, "K": defence.K, "images": x0, "labels": y,
-                 "attack": attack}
+    made_from = {
+        "f": defence.f, "chain": defence.chain, "K": defence.K,
+        "images": x0, "labels": y, "attack": attack
+    }
     progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
     if progress.it == 0:
         record[0] = defence.right(defence.predict(x, attack.H_def), y)
@@ -481,8 +482,11 @@ def figure_5_2(run, s, midrun, held, perceptual, first, G):
     return rows
 
 def figure_5_3(run, s, f, G, through, x, y, attack):
-    """Attacked images, one chain of each, and what the Fixer makes of it; distances to natural images."""
-    attacked = eot_attack(run, through, x, y, attack).x
+    """Attacked images, one chain of each, and what the Fixer makes of it; distances to natural images.
+    Images that are misread anyway were not attacked, and are left out."""
+    outcome = eot_attack(run, through, x, y, attack)
+    mine = outcome.natural | ~outcome.natural.any()  # smoke: all are misread
+    attacked, x = outcome.x[mine], x[mine]
     ends = through.purify(attacked, 1, s.k)
     rows, pictures = [], {"natural": x[:8]}
     stages = {"attacked": attacked, "purified": ends, "fixed": outputs(G, ends)}
@@ -490,7 +494,7 @@ def figure_5_3(run, s, f, G, through, x, y, attack):
         pictures[title] = images[:8]
         distance = (images - x).square().mean().sqrt()
         rows.append(value(f"root mean square of {title} - natural", distance.item()))
-        rows.append(rate(f"acc of f, {title}", outputs(f, images).argmax(1) == y))
+        rows.append(rate(f"acc of f, {title}", outputs(f, images).argmax(1) == y[mine]))
     run.pictures("figure5.3", pictures, 8)
     return rows
 
@@ -527,8 +531,8 @@ def upperbound(run, f, midrun, through, x_many, y_many):
     rows.append(rate("spoiled by G", before & ~after, H=1))
     gap = clean.sum() - before.sum()
     if gap > 0:
-        closed = (after.sum() - before.sum()) / gap
-        rows.append(value("share of the gap closed", closed.item(), H=1))
+        gained = after.sum() - before.sum()
+        rows.append(value("share of the gap closed", (gained / gap).item(), H=1))
     return rows
 
 def compared(run, s, defence, networks, few, x_many, y_many, attack):
@@ -610,9 +614,9 @@ def main(argv=None):
     held = subset("held", data, 321, slice(s.pairs, s.pairs + s.held))
     tested = subset("tested", test, 123, slice(0, s.natural)).to(args.device)
     vgg_file = common.weights_at_hand("vgg16-397923af.pth", args.data_dir)
-    if folders and (vgg_file is None or len(test.classes) != 1000):
+    classes = int(data.y.max()) + 1
+    if folders and (vgg_file is None or classes != 1000):
         raise UserError("imagenet wants vgg16-397923af.pth in --data-dir, and test images in 1000 folders")
-    classes = 1000 if folders else common.IN_MEMORY[args.dataset][2] - s.first_class
     build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)
     build_f()  # a bad width fails here, not after an hour
     unseen = "pretrained50" if folders else "resnet18"
@@ -626,11 +630,9 @@ def main(argv=None):
     settings = {"V": frozen_copy(V), "tau": s.tau, "T": energy["temperature"]}
     chain = partial(langevin, **settings)
     path, back = partial(langevin_path, **settings), partial(pull_back, **settings)
-    augment = "crop_flip" if data.shape[0] == 3 else "none"
-    updates = 0 if folders else s.f_iters  # 0: torchvision's weights
-    train = partial(common.train_classifier, run, data=data, iterations=updates, augment=augment)
+    augment = "none" if folders or data.shape[0] == 1 else "crop_flip"
+    train = partial(common.train_classifier, run, data=data, iterations=s.f_iters, augment=augment)
     learn = partial(train_phase, run, s, chain=chain, learned=learned, held=held, K=s.k)
-
     f = once(lambda: train("f", build_f, sgd=s.f_sgd, shared=True))
     other = once(lambda: train("other", build_other))
     perceptual = once(lambda: make_perceptual(vgg_file, f(), run.device))

@@ -835,14 +835,14 @@ def test_stability_changes_the_objective_and_keeps_what_diverged():
     learn, run = Recorder(stops=[2]), fake_run()
     rows = at_gen.stability(run, S, learn)
     asked = [(options["objective"], s.lr) for s, _, options in learn.asked]
-    assert asked == [(at_gen.at_loss, S.lr), (at_gen.ebm_loss, S.lr), (at_gen.ebm_loss, 1e-6)]
+    assert asked == [(at_gen.at_loss, S.lr), (at_gen.ebm_loss, S.lr), (at_gen.ebm_loss, S.lr / 20)]
     for s, _, options in learn.asked:
         assert (s.k_min, s.k_max, s.iters_per_k, s.r1) == (5, 5, 45, 0) and options["measure"] is None
     assert len({name for _, name, _ in learn.asked}) == 3
     found = {row["quantity"]: row["value"] for row in rows}
     assert found["largest |f(x) - f(x*)|, AT"] == 3 and found["largest |f(x) - f(x*)|, EBM"] == 6
     assert found["updates before it ran away, EBM"] == 3
-    assert found["updates before it ran away, AT"] == found["updates before it ran away, EBM, tiny lr"] == "none"
+    assert found["updates before it ran away, AT"] == found["updates before it ran away, EBM, small lr"] == "none"
     long = dataclasses.replace(S, iters_per_k=500)
     at_gen.stability(run, long, learn)
     assert learn.asked[-1][0].iters_per_k == 1000

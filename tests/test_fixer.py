@@ -593,6 +593,9 @@ def test_figure_5_3_shows_attacked_purified_fixed(run, monkeypatch):
     for title, distance, right in (("attacked", 0.5, 0.6), ("purified", 0.75, 0.6), ("fixed", 0.125, 0.4)):
         assert rows[f"root mean square of {title} - natural"] == pytest.approx(distance, abs=1e-3)
         assert rows[f"acc of f, {title}"] == pytest.approx(right)
+    fake_attack(monkeypatch, lambda defence, a: ([1] * 5 + [0] * 5, [1] * 10))  # half were misread before
+    half = rows_of(fixer.figure_5_3(FakeRun(run.folder), settings(k=3), f, G, through, x, y, ATTACK))
+    assert half["acc of f, attacked"] == pytest.approx(0.2)  # one of five is of class 1
     shown = run.shown["figure5.3"]
     assert list(shown) == ["natural", "attacked", "purified", "fixed"] and len(shown["fixed"]) == 8
     for title, value in (("natural", 0.5), ("attacked", 1.0), ("purified", 1.25), ("fixed", 0.625)):

@@ -543,7 +543,7 @@ def test_attacked_reports_each_attack_and_the_worst(run, monkeypatch):
     monkeypatch.setattr(lm, "pgd", pgd)
     s = settings(k=7, h_def=24, n=20, eps=0.1)
     task = Task(Stub("f", 7, lambda x, steps: x + 0.01 * steps), x, y)
-    rows, sets = lm.attacked(run, s, task, ATTACK, "name")
+    rows, sets, _ = lm.attacked(run, s, task, ATTACK, "name")
     assert calls == [(0, ATTACK._replace(H_adv=1, H_def=1)), (7, ATTACK), (7, ATTACK._replace(whole=True))]
     assert asked == [(7, 24)]
     assert {name: images is expected for (name, images), expected in zip(
@@ -564,8 +564,9 @@ def test_the_transfer_attack_alone_can_be_the_worst(run, monkeypatch):
     x, y = torch.zeros(2, 1, 2, 2), torch.ones(2).long()
     monkeypatch.setattr(lm, "eot_attack", lambda r, d, x, y, a: outcome_of(bools(1, 1), bools(1, 1), a, x))
     monkeypatch.setattr(lm, "pgd", lambda f, x, y, steps, ball: x + torch.tensor([0.0, 0.5]).view(2, 1, 1, 1))
-    rows, _ = lm.attacked(run, settings(k=7), Task(Stub("f", 7), x, y), ATTACK, "name")
+    rows, _, mine = lm.attacked(run, settings(k=7), Task(Stub("f", 7), x, y), ATTACK, "name")
     found = values(rows)
+    assert mine.tolist() == [True, True]
     assert found["robust acc, transfer PGD"] == found["robust acc, worst of these"] == 0.5
     assert found["natural acc, BPDA+EOT"] == 1
 
@@ -612,7 +613,7 @@ def test_table_4_2_takes_dice_of_each_set_without_and_with_the_defence(run, monk
     task, left_out = lm.segmentation_task(run, Task(defence, x, masks))
     gone, shifted = 0 * task.x, task.x.roll(1, 2)
     monkeypatch.setattr(lm, "attacked", lambda run, s, t, a, name: (
-        [common.value(name, 1)], {"natural": t.x, "transfer PGD": gone, "BPDA+EOT": shifted}))
+        [common.value(name, 1)], {"natural": t.x, "transfer PGD": gone, "BPDA+EOT": shifted}, bools(1, 1)))
     rows = lm.table_4_2(run, settings(k=5, images=3, h_def=2), (task, left_out), ATTACK)
     found = numbers(rows)
     assert found[("images of clean Dice below .1, left out",)] == 1 and found[("table4.2",)] == 1
@@ -620,6 +621,9 @@ def test_table_4_2_takes_dice_of_each_set_without_and_with_the_defence(run, monk
         for K in (0, 5):
             expected_ = expected if title != "BPDA+EOT" else (0 + dice(shifted[1:, 0].long(), task.y[1:, 0]).item()) / 2
             assert found[f"mean Dice, {title}", ("K", K)] == pytest.approx(expected_, abs=1e-6)
+    monkeypatch.setattr(lm, "attacked", lambda run, s, t, a, name: ([], {"natural": t.x}, bools(0, 1)))
+    alone = numbers(lm.table_4_2(FakeRun(run.folder), settings(k=5, images=3, h_def=2), (task, left_out), ATTACK))
+    assert alone[("mean Dice, natural", ("K", 0))] == pytest.approx(dice(task.y[:, 1], task.y[:, 0])[1].item())
     assert torch.equal(run.shown["table4.2-masks"]["natural, K = 0"], task.y[:, 1:] / 10)
     assert torch.equal(run.shown["table4.2-masks"]["true masks"], task.y[:, :1] / 10)
 
@@ -632,7 +636,7 @@ def test_table_4_2_asks_the_bare_and_the_defended_network(run, monkeypatch):
             asked_.append((self.K, H, x))
             return torch.zeros(len(x), 4, 4, dtype=torch.long)
     sets = {"natural": torch.rand(2, 1, 4, 4), "transfer PGD": torch.rand(2, 1, 4, 4), "BPDA+EOT": torch.rand(2, 1, 4, 4)}
-    monkeypatch.setattr(lm, "attacked", lambda *_: ([], sets))
+    monkeypatch.setattr(lm, "attacked", lambda *_: ([], sets, bools(0, 0)))
     task = Task(Recording(None, 5), sets["natural"], torch.zeros(2, 2, 4, 4, dtype=torch.long))
     lm.table_4_2(run, settings(k=5, h_def=2), (task, 0), ATTACK)
     assert [(K, H) for K, H, _ in asked_] == [(0, 2), (5, 2)] * 3
@@ -862,12 +866,12 @@ def test_imagenet_is_a_folder_and_f_comes_trained(tmp_path, monkeypatch):
     task = have["task"]()
     assert names == ["efficientnet_b7"] and task.x.shape == (8, 3, 224, 224)
     assert sorted(task.y.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]  # the rank of the folder
-    assert not list((tmp_path / "runs" / "shared-imagenet").glob("*.pt"))  # nothing was learned
+    assert list((tmp_path / "runs" / "shared-imagenet").glob("f-*.pt"))  # of four classes alone f learns its last layer
     other = have["other_task"]()
     assert names[-1] == "resnet50" and other.defence.f(other.x[:1]).shape == (1, 4)
     assert other.x.shape == (8, 3, 224, 224)
     assert torch.load(have["run"].folder / "f-other.pt", weights_only=True)["made_from"]["updates"] == 1  # it learns
-    rows, _ = lm.attacked(FakeRun(tmp_path / "r"), settings(n=1, k=3), task, Attack(BALL, 1, 1, 1), "t")
+    rows, _, _ = lm.attacked(FakeRun(tmp_path / "r"), settings(n=1, k=3), task, Attack(BALL, 1, 1, 1), "t")
     assert len(rows) == 7
 
 

@@ -253,6 +253,28 @@ def test_maxima_off_the_support_are_found():
     assert math.isclose(largest, 1 / (1 + math.exp(-3)), rel_tol=1e-3)
 
 
+def test_a_largest_value_on_the_edge_is_no_maximum():
+    """f = x + y rises without end; a bump whose top is outside the plane."""
+    for f in (lambda x: x.sum(1), lambda x: 9 - (x - 2.2).pow(2).sum(1), lambda x: x[:, 0]):
+        largest, maxima = off_support(f, "gaussian")
+        assert largest > 0.8 and len(maxima) == 0
+    assert toy2d.largest_on_edge(lambda x: x.sum(1), 1) == 4 and toy2d.largest_on_edge(lambda x: x.sum(1), 4) == 16
+
+
+def test_a_constant_rate_does_not_fall(float64):
+    """A loss of gradient one: each update moves Adam's weights by the rate."""
+    for falling in (True, False):
+        rates, step = [], torch.optim.Adam.step
+
+        def recorded(self, *rest):
+            rates.append(self.param_groups[0]["lr"])
+            return step(self, *rest)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", recorded)
+            maximin(0, settings(updates=4, lr=0.5, width=4), "gaussian", "uniform", falling=falling)
+        assert (rates == [0.5] * 4) != falling and rates[0] == 0.5
+
+
 def test_a_plateau_of_d_is_not_a_crowd_of_maxima():
     """Where D is 1 to the last bit its logit still has one top."""
     assert len(off_support(lambda x: 60 - x.pow(2).sum(1) + 3 * x.sum(1), "gaussian")[1]) == 1
@@ -277,8 +299,8 @@ def asked(monkeypatch):
     """maximin is recorded and returns networks of known slope; nothing is drawn."""
     calls = []
 
-    def recorded(seed, s, data, where, objective=toy2d.at_loss, sampler=None):
-        calls.append((seed, s, data, where, objective, sampler))
+    def recorded(seed, s, data, where, objective=toy2d.at_loss, sampler=None, falling=True):
+        calls.append((seed, s, data, where, objective, sampler, falling))
         return Slope(0.0), Slope(0.25 * len(calls)), [0.5, -2.0 * len(calls), 1.0]
 
     monkeypatch.setattr(toy2d, "maximin", recorded)
@@ -324,29 +346,29 @@ def test_figure_2_2_asks_for_both_p0(monkeypatch):
 
 def test_objectives_change_the_objective_alone(asked):
     rows = toy2d.objectives(RUN, SMOKE, "spirals")
-    assert [(call[2], call[3], call[4], call[5]) for call in asked] == [
-        ("spirals", "uniform", objective, None) for objective in (toy2d.at_loss, toy2d.ebm_loss, toy2d.ebm_loss)]
-    assert [call[1] for call in asked] == [SMOKE, SMOKE, settings(lr=SMOKE.lr / 100)]
-    assert [row["value"] for row in rows] == [2.0, 4.0, 6.0] and [row["updates"] for row in rows] == [3, 3, 3]
+    assert [call[2:] for call in asked] == [
+        ("spirals", "uniform", objective, None, False) for objective in (toy2d.at_loss, toy2d.ebm_loss, toy2d.ebm_loss)]
+    assert [call[1] for call in asked] == [SMOKE, SMOKE, settings(lr=SMOKE.lr / 10, updates=10 * SMOKE.updates)]
+    assert [row["value"] for row in rows] == [1.0] * 3 and [row["updates"] for row in rows] == [3, 3, 3]
 
 
 def test_objectives_keep_what_diverged(monkeypatch):
-    def runs_away(*arguments):
+    def runs_away(*arguments, **options):
         stop = common.Diverged("too large")
         stop.rows = [1.0, -7.0]
         raise stop
 
     monkeypatch.setattr(toy2d, "maximin", runs_away)
     rows = toy2d.objectives(RUN, SMOKE, "gaussian")
-    assert [(row["value"], row["updates"]) for row in rows] == [(7.0, 2)] * 3
+    assert [(row["value"], row["updates"]) for row in rows] == [(-7.0, 2)] * 3
 
 
 def test_samplers_measure_the_slope_against_the_log_density(asked, monkeypatch):
     kept = []
     monkeypatch.setattr(toy2d, "persistent_chains", lambda s, steps, restart: kept.append((steps, restart)) or "kept")
     rows = toy2d.samplers(RUN, SMOKE)
-    assert [call[2:] for call in asked] == [("gaussian", "uniform", toy2d.at_loss, None),
-                                            ("gaussian", "uniform", toy2d.ebm_loss, "kept")]
+    assert [call[2:] for call in asked] == [("gaussian", "uniform", toy2d.at_loss, None, True),
+                                            ("gaussian", "uniform", toy2d.ebm_loss, "kept", True)]
     assert kept == [(SMOKE.k, 0.05)]
     assert [round(row["value"], 4) for row in rows] == [0.25, 0.5]
     assert "AT" in rows[0]["quantity"] and "EBM" in rows[1]["quantity"]
