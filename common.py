@@ -145,7 +145,7 @@ def parse_args(doc, table, experiments, argv=None):
     p.add_argument("--data-dir", type=_path, default=Path("data"), help="NAME.npz, image folders (data)")
     p.add_argument("--out", type=_path, default=Path("runs"), help="where the run's folder is made (runs)")
     p.add_argument("--seed", type=_whole, default=0, help="of everything random (0)")
-    p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (250; a GPU 1600)")
+    p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (125; a GPU 1600)")
     p.add_argument("--fresh", action="store_true", help="drop this run's checkpoints, logs and results first")
     defaults = table[chosen.dataset, chosen.budget]
     kinds = {int: _whole, float: _number, str: str}
@@ -166,7 +166,7 @@ def parse_args(doc, table, experiments, argv=None):
     if args.seed >= 2 ** 31:
         raise UserError("--seed must be below 2147483648")
     args.device = _device(args.device)
-    args.chunk = args.chunk or (1600 if args.device.startswith("cuda") else 250)
+    args.chunk = args.chunk or (1600 if args.device.startswith("cuda") else 125)
     return args
 
 Experiment = collections.namedtuple("Experiment", "function headline shows")  # shows: its docstring's start

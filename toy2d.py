@@ -361,14 +361,16 @@ def objectives(run, s, data):
             gaps = stop.rows
         way = [cased.lr * update for update in range(1, len(gaps) + 1)]
         axis.plot(way, gaps, label=f"{title}, lr = {cased.lr:g}")
-        last.append(gaps[-1])
-        rows.append(value(f"f(data) - f(x_K) at the end, {title}", last[-1], lr=cased.lr, updates=len(gaps)))
+        late = gaps[-max(len(gaps) // 10, 1) :]
+        last.append(sum(late) / len(late))
+        quantity = f"f(data) - f(x_K), last tenth, {title}"
+        rows.append(value(quantity, last[-1], lr=cased.lr, updates=len(gaps)))
     axis.set(xlabel="learning rate x updates", ylabel="mean f(data) - mean f(x_K)", yscale="symlog")
     axis.legend()
     sentence = (
-        f"The same attack, two objectives: the gap ends at {last[0]:.2g} under AT and at {last[1]:.3g} under "
-        "the EBM objective, whose gradient lacks the factors 1 - sigmoid(f) and sigmoid(f) of Eq. 2.18; at a "
-        f"tenth of the learning rate and ten times as many updates at {last[2]:.3g}."
+        f"The same attack, two objectives: in the last tenth the gap is {last[0]:.2g} under AT and "
+        f"{last[1]:.3g} under the EBM objective, whose gradient lacks the factors 1 - sigmoid(f) and "
+        f"sigmoid(f) of Eq. 2.18; at a tenth of the rate, with ten times the updates, {last[2]:.3g}."
     )
     finish(run, figure, "objectives", sentence)
     return rows
