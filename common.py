@@ -1310,14 +1310,15 @@ def make_net(name, outputs, shape, width=1.0):
         raise UserError(f"no {name} of width {width} for images {tuple(shape)}: {error}") from None
 
 @seeded
-def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, augment="none", adversary=None,
-                     made_from=None, shared=False):
+def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, augment="none", noise=0.0,
+                     adversary=None, made_from=None, shared=False):
     """A classifier of labelled Images -> the network, in eval mode, with frozen weights.
 
     build() makes the untrained network. Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9,
-    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as batches
-    adversary(model, x, y) -> x: attacks each batch (adversarial training). Labels [N], or masks [N, S, S] for
-    a map of logits. shared: kept where other scripts that train the same find it.
+    weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as batches;
+    noise: deviation of Gaussian noise on images. adversary(model, x, y) -> x: attacks each batch (adversarial
+    training). Labels [N], or masks [N, S, S] for a map of logits. shared: kept where other scripts that train
+    the same find it.
     """
     if iterations and data.y.min() == data.y.max():
         raise UserError(f"{name}: all {len(data)} images of {data.name} are of one class")
@@ -1330,13 +1331,15 @@ def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, aug
         optimizer = torch.optim.Adam(model.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(iterations, 4))
     made_from = {"network": model, "updates": iterations, "batch": batch, "sgd": sgd, "augment": augment,
-                 "images": data, "adversary": adversary, **(made_from or {})}
+                 "noise": noise, "images": data, "adversary": adversary, **(made_from or {})}
     training = Training(run, name, made_from, unique=shared, folder=run.shared if shared else None,
                         model=model, optimizer=optimizer, schedule=schedule)
     stream = batches(data, batch, run.seed + 2, training.it, augment, run.device)
     for it in training.updates(iterations):
         x, index = next(stream)
         y = data.y[index.to(data.y.device)].to(run.device).long()
+        if noise:
+            x = x + noise * torch.randn_like(x)
         if adversary:
             x = adversary(model, x, y)
         model.train()

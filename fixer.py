@@ -75,8 +75,9 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     f_net=("small_cnn", "small_cnn", "wrn16", "efficientnet_b7", "wrn28", "efficientnet_b7", "small_cnn",
            "network (common.make_net)"),
     f_width=(1, 1, 4, 1, 10, 1, 2, "its width; of wrn the widening factor"),
-    f_iters=(300, 600, 6000, 0, 50_000, 0, 2500, "updates of f, batch 100; 0: torchvision's weights"),
+    f_iters=(300, 600, 6000, 0, 50_000, 0, 1500, "updates of f, batch 100; 0: torchvision's weights"),
     f_sgd=(0.0, 0.0, 0.1, 0.0, 0.1, 0.0, 0.0, "rate of SGD, a tenth from 40 % on, again from 60 %; 0: Adam"),
+    f_noise=(0.05, "noise on the images that f trained with noise (honesty) learns from"),
     # the Fixer
     width=(0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 0.5, "of G; 1: 64 channels"),
     pairs=(1000, 1000, 10_000, 500, 45_000, 10_000, 2000, "training images that G learns from"),
@@ -390,10 +391,8 @@ def eot_attack(run, defence, x0, y, attack):
     period = attack.N + 1
     evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
-    made_from = {
-        "f": defence.f, "chain": defence.chain, "K": defence.K,
-        "images": x0, "labels": y, "attack": attack
-    }
+    made_from = {"f": defence.f, "chain": defence.chain, "K": defence.K, "images": x0, "labels": y,
+                 "attack": attack}
     progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
     if progress.it == 0:
         record[0] = defence.right(defence.predict(x, attack.H_def), y)
@@ -562,15 +561,16 @@ def ablation(run, s, learn, perceptual, first, G, f, midrun, few, x_many, y_many
     networks = {title: behind(net, f) for title, net in fixers.items()}
     return compared(run, s, midrun, networks, few, x_many, y_many, attack)
 
-def honesty(run, s, f, other, G, midrun, few, x_many, y_many, attack):
-    """Does G remove noise, or has it learned f? A classifier that G never saw; noise in place of chains."""
+def honesty(run, s, f, other, noisy, G, midrun, few, x_many, y_many, attack):
+    """Has G learned f? A classifier that G never saw, one trained with noise; noise in place of chains."""
     moved = midrun.purify(x_many, 1, s.k) - x_many
     size = moved.square().mean().sqrt().item()
-    noisy = replace(midrun, chain=partial(noise, size=size), path=None)
+    blurred = replace(midrun, chain=partial(noise, size=size), path=None)
     rows = [rate("natural acc, unseen, no chains", outputs(other, x_many).argmax(1) == y_many)]
-    for defence, title in ((midrun, ""), (noisy, ", noise for T")):
+    for defence, title in ((midrun, ""), (blurred, ", noise for T")):
         networks = {f"f, no Fixer{title}": f, f"f, Fixer{title}": behind(G, f),
                     f"unseen, no Fixer{title}": other, f"unseen, Fixer{title}": behind(G, other)}
+        networks[f"f trained with noise{title}"] = noisy
         rows += compared(run, s, defence, networks, few, x_many, y_many, attack)
     return rows
 
@@ -635,6 +635,7 @@ def main(argv=None):
     learn = partial(train_phase, run, s, chain=chain, learned=learned, held=held, K=s.k)
     f = once(lambda: train("f", build_f, sgd=s.f_sgd, shared=True))
     other = once(lambda: train("other", build_other))
+    noisy = once(lambda: train("f-noisy", build_f, sgd=s.f_sgd, noise=s.f_noise))
     perceptual = once(lambda: make_perceptual(vgg_file, f(), run.device))
     first = once(lambda: learn("mse", loss=F.mse_loss, epochs=s.mse_epochs, early=False))
     G = once(lambda: learn("fixer", loss=perceptual(), epochs=s.perceptual_epochs, start=first()))
@@ -642,8 +643,8 @@ def main(argv=None):
     through = once(lambda: replace(midrun(), f=behind(G(), f())))
     around = once(lambda: replace(midrun(), chain=partial(chain_and_fixer, chain=chain, G=G()), path=None))
     run.experiments(EXPERIMENTS, x=x, y=y, few=(x[: s.few], y[: s.few]), x_many=x_many, y_many=y_many,
-                    attack=attack, held=held, learn=learn, f=f, other=other, perceptual=perceptual,
-                    first=first, G=G, midrun=midrun, through=through, around=around)
+                    attack=attack, held=held, learn=learn, f=f, other=other, noisy=noisy,
+                    perceptual=perceptual, first=first, G=G, midrun=midrun, through=through, around=around)
 
 if __name__ == "__main__":
     common.call(main)

@@ -66,7 +66,7 @@ SETTINGS = common.settings(
     f_net=("small_cnn", "small_cnn", "wrn16", "wrn16", "wrn28", "wrn28", "small_cnn",
            "network (common.make_net)"),
     f_width=(1, 1, 4, 4, 10, 10, 2, "its width; of wrn the widening factor"),
-    f_iters=(300, 600, 6000, 6000, 50_000, 36_600, 2500, "updates of f, batch 100"),
+    f_iters=(300, 600, 6000, 6000, 50_000, 36_600, 1500, "updates of f, batch 100"),
     at_iters=(200, 600, 3000, 3000, 50_000, 36_600, 500, "updates of the AT baseline, by PGD of 10 steps"),
     f_sgd=(0.0, 0.0, 0.1, 0.01, 0.1, 0.01, 0.0, "its rate of SGD, a tenth at 40 and 60 %; 0: Adam"),
     augment=("none", "none", "crop_flip", "crop", "crop_flip", "crop", "crop_flip", "of batches"),

@@ -780,6 +780,18 @@ def test_scripts_share_a_classifier_that_is_trained_alike(tmp_path, monkeypatch)
     assert len(list(tmp_path.glob("f-*.pt"))) == 2                              # three updates: another
 
 
+def test_a_classifier_sees_images_with_noise_and_attacked_ones_after_that(tmp_path):
+    data, seen = toy(), []
+
+    def adversary(model, x, y):
+        seen.append(x)
+        return x
+    for name, noise in (("plain", 0.0), ("noisy", 0.5)):
+        classifier(tmp_path, data, name, iterations=1, batch=16, noise=noise, adversary=adversary)
+    moved = seen[1] - seen[0]
+    assert seen[0].max() <= 1 and moved.std().item() == pytest.approx(0.5, rel=0.1) and abs(moved.mean()) < 0.05
+
+
 # --- the command line as a whole ---
 
 

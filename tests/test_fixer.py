@@ -759,10 +759,10 @@ def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
 
         def forward(self, x):
             return F.one_hot(torch.full((len(x),), self.says), 2).float()
-    f, other, G = Says(0), Says(1), Blend(3.0)
+    f, other, robust, G = Says(0), Says(1), Says(1), Blend(3.0)
     midrun = Defence(f, 2, partial(noisy, size=0.1), "path", "back", chunk=7)
     few, x_many, y_many = (1, 2), torch.rand(400, 1, 4, 4), torch.tensor([1] * 300 + [0] * 100)
-    rows = rows_of(fixer.honesty(run, settings(k=2), f, other, G, midrun, few, x_many, y_many, ATTACK))
+    rows = rows_of(fixer.honesty(run, settings(k=2), f, other, robust, G, midrun, few, x_many, y_many, ATTACK))
     assert rows["natural acc, unseen, no chains"] == 0.75  # of `other`, not of f
     (chains, plain, *rest), (noise, under_noise, *same) = given
     assert chains is midrun and rest[0] is few and rest[1] is x_many and rest[2] is y_many and rest[3] == ATTACK
@@ -770,6 +770,7 @@ def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
     assert list(under_noise) == [f"{title}, noise for T" for title in plain]
     for networks in (plain, {title.removesuffix(", noise for T"): net for title, net in under_noise.items()}):
         assert networks["f, no Fixer"] is f and networks["unseen, no Fixer"] is other
+        assert networks["f trained with noise"] is robust and len(networks) == 5
         for reader, net in (("f", f), ("unseen", other)):
             assert networks[f"{reader}, Fixer"][0] is G and networks[f"{reader}, Fixer"][1] is net
     moved = noise.chain(x_many, 2) - x_many  # the size of T(x) - x: two steps of .1, as the fake chain goes
@@ -946,6 +947,13 @@ def test_the_defences_are_made_of_the_energy_g_and_f(wired):
     assert isinstance(have.other, common.ResNet) and isinstance(have.f, common.SmallCNN)
 
 
+def test_a_classifier_is_trained_with_noise(wired):
+    have, trained = wired("--f-noise", 0.3, "--f-sgd", 0.2, "--f-iters", 7)
+    how = trained["f-noisy"]
+    assert have.noisy is how["net"] and isinstance(have.noisy, common.SmallCNN) and have.noisy is not have.f
+    assert (how["noise"], how["sgd"], how["iterations"]) == (0.3, 0.2, 7) and how["data"] is trained["f"]["data"]
+
+
 def test_the_first_classes_can_be_left_out(wired):
     have, trained = wired("--first-class", 6, "--natural", 60, "--pairs", 50)
     assert have.f.head.out_features == have.other.head.out_features == 4
@@ -982,7 +990,7 @@ def test_f_is_the_classifier_that_other_scripts_share(wired):
     _, trained = wired("--f-iters", 7)
     f, other = trained["f"], trained["other"]
     assert f["shared"] and f["iterations"] == other["iterations"] == 7 and f["augment"] == "none" and f["sgd"] == 0
-    assert "shared" not in other and "batch" not in f
+    assert "shared" not in other and "batch" not in f and "noise" not in f and "noise" not in other
     assert f["data"] is other["data"] and torch.equal(f["data"].x, common.load_images("glyphs").x)
 
 

@@ -586,7 +586,8 @@ def test_tables_3_1_and_4_1_are_the_same_of_their_tasks(run, monkeypatch):
     monkeypatch.setattr(lm, "attacked", lambda run, s, task, a, name: seen.append((task, a, name)) or ([name], {}))
     assert lm.table_3_1(run, SMOKE, "own", ATTACK) == ["table3.1"]
     assert lm.table_4_1(run, SMOKE, "other", ATTACK) == ["table4.1"]
-    assert seen == [("own", ATTACK, "table3.1"), ("other", ATTACK, "table4.1")]
+    assert lm.noisy_classifier(run, SMOKE, "noisy", ATTACK) == ["noisy-classifier"]
+    assert seen == [("own", ATTACK, "table3.1"), ("other", ATTACK, "table4.1"), ("noisy", ATTACK, "noisy-classifier")]
 
 
 def test_table_3_3_attacks_longer_with_more_chains_and_broken_stays_broken(run, monkeypatch):
@@ -760,7 +761,7 @@ def test_main_hands_each_experiment_what_it_names(monkeypatch, tmp_path):
     task, other, (mask, _) = have["task"](), have["other_task"](), have["mask_task"]()
     for made, kind, outputs in ((task, Defence, 10), (other, Defence, 24), (mask, Segmenter, 11)):
         defence = made.defence
-        assert type(defence) is kind and defence.K == 6 and len(made.x) == 8 and defence.chunk == 250
+        assert type(defence) is kind and defence.K == 6 and len(made.x) == 8 and defence.chunk == 125
         assert (defence.chain.func, defence.path.func, defence.back.func) == (lm.langevin, lm.langevin_path, lm.pull_back)
         for chain in (defence.chain, defence.path, defence.back):
             assert chain.keywords["tau"] == 0.02 and chain.keywords["T"] == 3e-4
@@ -796,10 +797,15 @@ def test_main_trains_classifiers_and_masks_as_it_was_told(monkeypatch, tmp_path)
     monkeypatch.setattr(common, "train_classifier", train_classifier)
     monkeypatch.setattr(lm, "digits_among", digits_among)
     monkeypatch.setattr(lm, "segmentation_task", lambda run, task: task)
-    have = given(monkeypatch, tmp_path, "--f-sgd", 0.2, "--f-iters", 5, "--u-iters", 4, "--f-width", 2)
-    for name in ("task", "other_task", "mask_task"):
+    have = given(monkeypatch, tmp_path, "--f-sgd", 0.2, "--f-iters", 5, "--u-iters", 4, "--f-width", 2,
+                 "--f-noise", 0.3)
+    for name in ("task", "other_task", "mask_task", "noisy_task"):
         have[name]()
-    for name in ("f", "f-other"):
+    assert trained["f-noisy"]["noise"] == 0.3 and "shared" not in trained["f-noisy"] and "noise" not in trained["f"]
+    noisy = have["noisy_task"]()
+    assert noisy.defence.f is trained["f-noisy"]["net"] and torch.equal(noisy.x, have["task"]().x)
+    assert noisy.defence.chain is have["task"]().defence.chain and torch.equal(noisy.y, have["task"]().y)
+    for name in ("f", "f-other", "f-noisy"):
         how = trained[name]
         assert (how["sgd"], how["augment"], how["iterations"], how["net"].head.in_features) == (0.2, "none", 5, 128)
     assert trained["f"]["shared"] and "shared" not in trained["f-other"]
