@@ -16,7 +16,7 @@ that sees such images.
     (2.2)   gradient of d = E_data[U] - E_chains[U], chains held fixed: the energy of data down, of chains up
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I); states are never clamped
     Alg. 4  A batch of the bank takes k_train steps (2.3), V takes an update, and the states go back. Each of
-            them dies with probability p: a mean life of k_train / p steps, here 2 to 10 times K; (1 - p)^n
+            them dies with probability p: a mean life of k_train / p steps, here .7 to 10 times K; (1 - p)^n
             outlive n visits. The learning rate falls to a tenth four times: in the end V hardly moves.
     (3.1)   F(x) = E[f(P(x))], P(x): where K steps from x end (source: T).  (3.2) F_H: mean logits of H chains
     (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the loss of
@@ -71,24 +71,24 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     f_noise=(0.05, "noise on the images that f of noisy-classifier is trained on"),
     net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "light_ebm", "network of V"),
     width=(0.5, 0.5, 0.5, 1.0, 1.0, 0.5, "times its published channels"),
-    updates=(800, 1600, 6000, 150_000, 150_000, 2000, "updates of the energy"),
+    updates=(800, 1600, 6000, 150_000, 150_000, 3000, "updates of the energy"),
     lr=(4e-4, 4e-4, 4e-4, 1e-4, 1e-4, 1e-3, "rate of Adam, at first"),
     batch=(64, 64, 100, 128, 64, 64, "data images, and as many chains, in an update"),
     bank=(1024, 1024, 5000, 19_968, 9984, 1024, "states, a multiple of the batch"),
-    k_train=(20, 20, 25, 100, 100, 15, "Langevin steps of an update"),
+    k_train=(20, 20, 25, 100, 100, 8, "Langevin steps of an update"),
     p=(0.05, 0.05, 0.05, 0.025, 0.05, 0.15, "probability that a state is replaced after a visit"),
-    tau=(0.015, 0.015, 0.02, 0.005, 0.01, 0.02, "noise of a Langevin step; half the source's"),
+    tau=(0.015, 0.015, 0.02, 0.005, 0.01, 0.03, "noise of a Langevin step; half the source's"),
     temperature=(1e-4, 1e-4, 4e-4, 1e-4, 1e-5, 4e-4, "T"),
     data_noise=(0.03, 0.03, 0.04, 0.01, 0.015, 0.04, "noise on the data in training; half the source's"),
-    k=(75, 100, 100, 2000, 200, 50, "K: Langevin steps of the defence"),
+    k=(75, 100, 100, 2000, 200, 75, "K: Langevin steps of the defence"),
     h_def=(24, 24, 50, 128, 64, 32, "chains of a verdict"),
     h_adv=(6, 6, 8, 48, 24, 8, "chains of an attack's gradient"),
     n=(20, 20, 20, 50, 50, 20, "N: steps of the attack"),
     eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
     step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
     n_few=(6, 6, 10, 50, 50, 10, "N in figures 3.3 and 3.4"),
-    images=(60, 60, 200, 5000, 10_000, 100, "test images under attack; figure 3.1: up to 3 times as many"),
-    few=(30, 30, 100, 125, 125, 50, "of these, in figures 3.3 and 3.4"),
+    images=(60, 60, 200, 5000, 10_000, 60, "test images under attack; figure 3.1: up to 3 times as many"),
+    few=(30, 30, 100, 125, 125, 30, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "cifar100", "data set of table 4.1"),
     u_iters=(1000, 1000, 3000, 50_000, 50_000, 1000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )

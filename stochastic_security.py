@@ -90,8 +90,8 @@ SETTINGS = common.settings(
     step=(0.02, 0.05, 2 / 255, 2 / 255, 2 / 255, 2 / 255, 2 / 255, "length of the attack's step"),
     restarts=(1, 1, 1, 1, 5, 5, 1, "starts of the attack, the first one included"),
     n_few=(10, 10, 10, 10, 50, 50, 10, "N in figure 2.8 and precision"),
-    images=(60, 60, 200, 200, 10_000, 10_000, 100, "test images under attack"),
-    few=(30, 30, 100, 100, 1000, 1000, 50, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
+    images=(60, 60, 200, 200, 10_000, 10_000, 60, "test images under attack"),
+    few=(30, 30, 100, 100, 1000, 1000, 30, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
 )
 
 # --- Langevin sampling --------------------------------------------------------------------------------------
