@@ -38,9 +38,9 @@ moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in ste
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
 They enter after the update (code: before). K = 2000 as the code (text: 1500). Lives are longer than the
 text's, K on average. Alg. 4 also makes the short-run energy (p = 1/2, .4 tau, rate 1e-4) and the long-run
-one (p / 20, twice the updates). ImageNet: ch. 4's network (code: BigGAN's), centre crops, mean logits (code:
-softmax outputs, a weaker attack). Masks hold a digit's class + 1 at its ink (source: pets). Offline, symbols
-stand in for flowers.
+one (p / 20), of as many updates. ImageNet: ch. 4's network (code: BigGAN's), centre crops, mean logits
+(code: softmax outputs, a weaker attack). Masks hold a digit's class + 1 at its ink (source: pets). Offline,
+symbols stand in for flowers.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,6 +73,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     width=(0.5, 0.5, 0.5, 1.0, 1.0, 0.5, "times its published channels"),
     updates=(800, 1600, 6000, 150_000, 150_000, 3000, "updates of the energy"),
     lr=(4e-4, 4e-4, 4e-4, 1e-4, 1e-4, 1e-3, "rate of Adam, at first"),
+    anneal=(1 / 3, "share of the updates until it falls to a tenth, as it does four times, evenly"),
     batch=(64, 64, 100, 128, 64, 64, "data images, and as many chains, in an update"),
     bank=(1024, 1024, 5000, 19_968, 9984, 1024, "states, a multiple of the batch"),
     k_train=(20, 20, 25, 100, 100, 8, "Langevin steps of an update"),
@@ -164,13 +165,12 @@ def train_midrun(run, s, data, name="energy"):
     bank = data.take(torch.randint(len(data), (s.bank,))).to(run.device)
     age = torch.zeros(s.bank, dtype=torch.long, device=run.device)
     adam = torch.optim.Adam(V.parameters(), s.lr)
-    drops = [int(part * s.updates) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)]  # the rate falls to a tenth
+    drops = [round((s.anneal + (1 - s.anneal) * part) * s.updates) for part in (0, 1 / 4, 1 / 2, 3 / 4)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(adam, drops)
-    made_from = common.pick(s, "net width updates lr batch bank k_train p temperature data_noise")
+    made_from = common.pick(s, "net width updates lr anneal batch bank k_train p temperature data_noise")
     made_from.update(tau_train=s.tau, images=data)
     parts = {"V": V, "bank": bank, "age": age, "adam": adam, "schedule": schedule}
-    limits = {"moved": 1}
-    training = Training(run, name, made_from, limits, "a lower --lr", **parts)
+    training = Training(run, name, made_from, {"moved": 1}, "a lower --lr", **parts)
     stream = common.batches(data, s.batch, run.seed, training.it, device=run.device)
     for it in training.updates(s.updates):
         x, _ = next(stream)
@@ -527,7 +527,7 @@ def figure_3_1(run, s, data, test, features):
     kinds = {
         "energy-short": replace(s, p=0.5, tau=0.4 * s.tau, lr=1e-4),
         "energy": s,
-        "energy-long": replace(s, p=s.p / 20, updates=2 * s.updates),
+        "energy-long": replace(s, p=s.p / 20),
     }
     metric, network = features
     some = data.take(common.shuffled(len(data), 321)[:5000]).to(run.device)

@@ -154,6 +154,9 @@ def test_the_rate_falls_at_a_third_a_half_two_thirds_and_five_sixths(run, monkey
                         lambda self, *a: seen.append(self.param_groups[0]["lr"]) or step(self, *a))
     lm.train_midrun(run, settings(updates=12, lr=1e-3), some_images())
     assert seen == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 2 + [1e-6] * 2 + [1e-7] * 2)
+    seen.clear()
+    lm.train_midrun(run, settings(updates=16, lr=1e-3, anneal=0.75), some_images(), "later")
+    assert seen == pytest.approx([1e-3] * 12 + [1e-4, 1e-5, 1e-6, 1e-7])
 
 
 def test_the_energy_of_data_falls_and_that_of_chains_rises(run, monkeypatch):
@@ -676,7 +679,7 @@ def test_figure_3_1_trains_the_three_kinds_and_follows_their_chains(run, monkeyp
     rows = lm.figure_3_1(run, s, data, test, ("FD", lambda x: x.double().flatten(1).mean(1, keepdim=True)))
     assert [(name, d is data) for name, _, d in trained] == [("energy-short", True), ("energy", True), ("energy-long", True)]
     short, mid, long = [its for _, its, _ in trained]
-    assert short == replace(s, p=0.5, tau=0.4 * 0.01, lr=1e-4) and mid == s and long == replace(s, p=0.0025, updates=16)
+    assert short == replace(s, p=0.5, tau=0.4 * 0.01, lr=1e-4) and mid == s and long == replace(s, p=0.0025)
     ks = [0, 25, 100, 400, 1600, 4000]  # the mean life is 20 / .05 = 400 steps
     assert [steps for _, steps, _, _ in chains[:6]] == [0, 25, 75, 300, 1200, 2400]
     for i, (name, tau) in enumerate((("energy-short", 0.004), ("energy", 0.01), ("energy-long", 0.01))):
