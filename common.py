@@ -134,7 +134,7 @@ def parse_args(doc, table, experiments, argv=None):
         chosen.budget = "quick"
         if (chosen.dataset, "cpu") in table and not _device(chosen.device).startswith("cuda"):
             chosen.budget = "cpu"
-            print(f"no GPU: --budget cpu, the last classes of {chosen.dataset} alone; see --help")
+            print(f"no GPU: --budget cpu, the last classes of {chosen.dataset} alone, in about an hour")
     p.set_defaults(budget=chosen.budget)
     if (chosen.dataset, chosen.budget) not in table:
         known = [budget for dataset, budget in table if dataset == chosen.dataset]
