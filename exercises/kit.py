@@ -1,0 +1,125 @@
+"""What the exercises are made of: taking a body out of a script, planting a bug, grading what a student made of it."""
+import ast
+import importlib
+import importlib.util
+import sys
+import textwrap
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SCRIPTS = ("toy2d", "at_gen", "adv_detect", "ood_detect", "gen_classify", "stochastic_security", "lifecycle_midrun",
+           "fixer", "hat_ebm")
+
+
+class Wrong(Exception):
+    """What is wrong with a solution, in a sentence."""
+
+
+class Exercise(NamedTuple):
+    """name: SCRIPT-NUMBER. start: the script's text -> the text that the student gets. grade(module, answers): the
+    student's script and answers (a dict); raises Wrong. questions: {NAME: what is asked}, for answers.py."""
+    name: str
+    start: Callable
+    grade: Callable
+    questions: dict = {}
+
+    @property
+    def script(self):
+        return self.name.rpartition("-")[0]
+
+
+def expect(right, sentence):
+    """Wrong(sentence) where something is not right."""
+    if not right:
+        raise Wrong(sentence)
+
+
+def unchanged(source):
+    """The start of an exercise that is answered, not programmed."""
+    return source
+
+
+def find(source, name):
+    """The syntax node of a function, "f" or "Class.f", of a script's text."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", None) == part)
+    return node
+
+
+def take_out(source, name, hint="your code here"):
+    """The text with the body of a function, "f" or "Class.f", taken out; its head and docstring stay."""
+    node, lines = find(source, name), source.splitlines()
+    documented = ast.get_docstring(node) is not None
+    first = node.body[0].end_lineno + 1 if documented else node.body[0].lineno
+    stub = " " * node.body[0].col_offset + f'raise NotImplementedError("{hint}")'
+    return "\n".join([*lines[:first - 1], stub, *lines[node.end_lineno:]]) + "\n"
+
+
+def put(source, name, code):
+    """The text with a function, "f" or "Class.f", replaced by `code`, a whole `def`; decorators stay."""
+    node, lines = find(source, name), source.splitlines()
+    new = textwrap.indent(textwrap.dedent(code).strip("\n"), " " * node.col_offset)
+    return "\n".join([*lines[:node.lineno - 1], new, *lines[node.end_lineno:]]) + "\n"
+
+
+def swap(source, old, new):
+    """The text with `old`, which stands there exactly once, replaced by `new`."""
+    if source.count(old) != 1:
+        raise ValueError(f"{old!r} stands {source.count(old)} times in the script")
+    return source.replace(old, new)
+
+
+def exercises():
+    """{name: Exercise} of all nine scripts, in order."""
+    found = {}
+    for path in (str(ROOT), str(HERE)):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+    for script in SCRIPTS:
+        if (HERE / f"grade_{script}.py").exists():
+            for exercise in importlib.import_module(f"grade_{script}").EXERCISES:
+                found[exercise.name] = exercise
+    return found
+
+
+def load(file, name):
+    """A Python file as a module of this name; nothing but its definitions runs."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def grade(exercise, folder):
+    """What is wrong with the work in a folder, in a sentence; None if it is right."""
+    import torch
+    file = folder / f"{exercise.script}.py"
+    command = f"python exercises/start.py {exercise.name} --out {folder}"
+    if not file.exists():
+        return f"there is no {file}; {command} makes it"
+    answers = {}
+    if exercise.questions:
+        if not (folder / "answers.py").exists():
+            return f"there is no {folder / 'answers.py'}; {command} makes it"
+        answers = vars(load(folder / "answers.py", "answers"))
+        for question in exercise.questions:
+            if answers.get(question) is None:
+                return f"{folder / 'answers.py'}: {question} has no answer yet"
+    try:
+        torch.manual_seed(0)
+        exercise.grade(load(file, f"work_{exercise.script}"), answers)
+    except Wrong as wrong:
+        return str(wrong)
+    except NotImplementedError as error:
+        return f"nothing is filled in yet: {error}"
+    except Exception as error:
+        place = error.__traceback__
+        while place.tb_next:
+            place = place.tb_next
+        where = f"{Path(place.tb_frame.f_code.co_filename).name}, line {place.tb_lineno}"
+        return f"the code stops with {type(error).__name__}: {error} ({where})"
+    return None

@@ -1,0 +1,20 @@
+"""The grader of one exercise: python -m pytest exercises --exercise fixer-2 --work my_work"""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import kit  # noqa: E402 (beside this file)
+
+
+def test_exercise(request):
+    name = request.config.getoption("--exercise", default=None)
+    if name is None:
+        pytest.skip("no --exercise")
+    known = kit.exercises()
+    if name not in known:
+        pytest.fail(f"no exercise '{name}'; known: {', '.join(known)}", pytrace=False)
+    wrong = kit.grade(known[name], request.config.getoption("--work").expanduser())
+    if wrong:
+        pytest.fail(f"{name}: {wrong}", pytrace=False)

@@ -1,0 +1,180 @@
+"""exercises/: what a student starts from fails, right solutions pass, wrong ones are told what is wrong."""
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+sys.path[:0] = [str(ROOT / "exercises"), str(Path(__file__).parent / "exercises")]
+import kit  # noqa: E402 (in exercises/)
+
+EXERCISES = kit.exercises()
+FILES = sorted((ROOT / "exercises").glob("grade_*.py"))
+
+
+def solutions():
+    """{exercise: Solution} of tests/exercises/."""
+    found = {}
+    for file in FILES:
+        script = file.stem.removeprefix("grade_")
+        own = kit.load(Path(__file__).parent / "exercises" / f"{script}.py", f"solutions_{script}")
+        found.update(own.SOLUTIONS)
+    return found
+
+
+SOLUTIONS = solutions()
+
+
+def begin(folder, exercise):
+    """start.py, as a student calls it."""
+    command = [sys.executable, ROOT / "exercises" / "start.py", exercise.name, "--out", folder]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def work(folder, exercise, edit):
+    """A student's folder after an edit."""
+    folder.mkdir()
+    source = exercise.start((ROOT / f"{exercise.script}.py").read_text())
+    answers = {}
+    for name, new in edit.items():
+        if name == "answers":
+            answers = new
+        elif name == "swaps":
+            for old, new_text in new:
+                source = kit.swap(source, old, new_text)
+        else:
+            source = kit.put(source, name, new)
+    (folder / f"{exercise.script}.py").write_text(source)
+    lines = [f"{name} = {answers.get(name)!r}" for name in exercise.questions]
+    (folder / "answers.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_untouched_copy_fails(tmp_path, name):
+    sentence = kit.grade(EXERCISES[name], work(tmp_path / "w", EXERCISES[name], {}))
+    assert sentence and len(sentence) < 400
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_right_solutions_pass_however_written(tmp_path, name):
+    assert len(SOLUTIONS[name].right) >= 2 and SOLUTIONS[name].right[0] != SOLUTIONS[name].right[1]
+    for i, edit in enumerate(SOLUTIONS[name].right):
+        assert kit.grade(EXERCISES[name], work(tmp_path / str(i), EXERCISES[name], edit)) is None
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_wrong_solutions_are_told_what_is_wrong(tmp_path, name):
+    assert len(SOLUTIONS[name].wrong) >= 3
+    for i, (edit, words) in enumerate(SOLUTIONS[name].wrong):
+        sentence = kit.grade(EXERCISES[name], work(tmp_path / str(i), EXERCISES[name], edit))
+        assert sentence and words in sentence, (i, words, sentence)
+
+
+def test_pages_and_graders_name_the_same_exercises():
+    for file in FILES:
+        script = file.stem.removeprefix("grade_")
+        page = (ROOT / "exercises" / f"{script}.md").read_text()
+        asked = re.findall(r"^## (\S+) ", page, re.M)
+        assert asked == [name for name, exercise in EXERCISES.items() if exercise.script == script]
+        assert 3 <= len(asked) <= 5 and asked == [f"{script}-{i}" for i in range(1, len(asked) + 1)]
+        assert page.count("*Teaches:*") == len(asked) and len(re.findall(r"\(\d+ minutes\)", page)) == len(asked)
+
+
+def test_every_start_is_a_script_that_can_be_read():
+    for exercise in EXERCISES.values():
+        source = (ROOT / f"{exercise.script}.py").read_text()
+        start = exercise.start(source)
+        ast.parse(start)
+        assert (start == source) == (exercise.start is kit.unchanged)
+
+
+# --- the commands ---
+
+
+def test_start_makes_a_copy_and_never_overwrites(tmp_path):
+    before = (ROOT / "toy2d.py").read_bytes()
+    out = tmp_path / "my work"
+    done = begin(out, EXERCISES["toy2d-2"])
+    assert done.returncode == 0 and not done.stderr and "--exercise toy2d-2" in done.stdout
+    assert "toy2d-2" in (out / "toy2d.py").read_text() and (out / "common.py").exists()
+    assert not (out / "answers.py").exists() and (ROOT / "toy2d.py").read_bytes() == before
+    mine = (out / "toy2d.py").read_text() + "# mine\n"
+    (out / "toy2d.py").write_text(mine)
+    again = begin(out, EXERCISES["toy2d-3"])
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "another --out" in again.stderr
+    assert (out / "toy2d.py").read_text() == mine
+    done = begin(tmp_path / "answers", EXERCISES["toy2d-1"])
+    assert "STEEP = None" in (tmp_path / "answers" / "answers.py").read_text() and "answers.py" in done.stdout
+
+
+def test_start_lists_and_refuses_what_it_does_not_know(tmp_path):
+    listed = subprocess.run([sys.executable, ROOT / "exercises" / "start.py"], capture_output=True, text=True)
+    assert listed.stdout.split() == list(EXERCISES)
+    done = begin(tmp_path / "a", kit.Exercise("toy2d-99", None, None))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "toy2d-1" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name, edit, says", [
+    ("toy2d-2", SOLUTIONS["toy2d-2"].right[0], None), ("toy2d-2", {}, "nothing is filled in yet"),
+    ("toy2d-2", SOLUTIONS["toy2d-2"].wrong[0][0], "the drift is 2.0"), ("nothing-1", None, "no exercise"),
+    ("toy2d-3", None, "start.py toy2d-3")])
+def test_the_grader_s_command(tmp_path, name, edit, says):
+    folder = tmp_path / "w"
+    if edit is not None:
+        work(folder, EXERCISES[name], edit)
+    command = [sys.executable, "-m", "pytest", "-q", "exercises", "--exercise", name, "--work", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == (says is None) and "Traceback" not in done.stdout
+    assert says is None or says in done.stdout
+
+
+# --- taking out and putting in ---
+
+
+SOURCE = '''import math
+
+def f(x):
+    """Doc."""
+    y = x + 1
+    return y
+
+class A:
+    """A."""
+
+    def g(self):
+        return (1,
+                2)
+
+    def h(self):
+        """One line."""
+        return 3
+'''
+
+
+def test_take_out_and_put():
+    taken = kit.take_out(kit.take_out(SOURCE, "f", "here"), "A.g", "there")
+    assert '"""Doc."""\n    raise NotImplementedError("here")\n\nclass A' in taken
+    assert 'def g(self):\n        raise NotImplementedError("there")\n\n    def h' in taken
+    new = kit.put(SOURCE, "A.h", "def h(self):\n    return 4")
+    names = {}
+    exec(new, names)
+    assert names["A"]().h() == 4 and names["A"]().g() == (1, 2) and names["f"](1) == 2
+    for old in ("return", "nothing"):
+        with pytest.raises(ValueError, match="times"):
+            kit.swap(SOURCE, old, "")
+
+
+def test_an_error_in_the_student_s_code_is_one_sentence(tmp_path):
+    exercise = EXERCISES["toy2d-2"]
+    folder = work(tmp_path / "w", exercise, {"langevin_2d": "def langevin_2d(f, x, steps, noise):\n    return x / nothing"})
+    sentence = kit.grade(exercise, folder)
+    assert "NameError" in sentence and "toy2d.py, line" in sentence and "\n" not in sentence
+    (folder / "toy2d.py").write_text("def (")
+    assert "SyntaxError" in kit.grade(exercise, folder)
