@@ -4,6 +4,7 @@ An item is (kind and number, what it says, where it is): places are "script.func
 separated by blanks; where there is none, why. Lines and commands are looked up.
 """
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -230,10 +231,16 @@ THESIS = [
 ]
 
 
+@functools.cache
+def body_of(script):
+    """The top of a script's syntax tree."""
+    return ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body
+
+
 def line_of(place):
     """The line on which "script.name" or "script.Class.method" begins; KeyError where there is none."""
     script, *names = place.split(".")
-    body = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body
+    body = body_of(script)
     for name in names:
         found = None
         for node in body:
