@@ -523,7 +523,8 @@ class frozen_copy(nn.Module):
         super().__init__()
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
         self.dtype = torch.float32
-        if fast and bfloat16_units(next(net.parameters()).device):
+        weight = next(net.parameters(), None)  # none in an energy in closed form
+        if fast and weight is not None and bfloat16_units(weight.device):
             self.dtype = torch.bfloat16
             self.net = self.net.to(torch.bfloat16, memory_format=torch.channels_last)
 

@@ -77,7 +77,7 @@ def exercises():
     found = {}
     for path in (str(ROOT), str(HERE)):
         if path not in sys.path:
-            sys.path.insert(0, path)
+            sys.path.append(path)
     for script in SCRIPTS:
         if (HERE / f"grade_{script}.py").exists():
             for exercise in importlib.import_module(f"grade_{script}").EXERCISES:
@@ -102,14 +102,14 @@ def grade(exercise, folder):
     if not file.exists():
         return f"there is no {file}; {command} makes it"
     answers = {}
-    if exercise.questions:
-        if not (folder / "answers.py").exists():
-            return f"there is no {folder / 'answers.py'}; {command} makes it"
-        answers = vars(load(folder / "answers.py", "answers"))
-        for question in exercise.questions:
-            if answers.get(question) is None:
-                return f"{folder / 'answers.py'}: {question} has no answer yet"
     try:
+        if exercise.questions:
+            if not (folder / "answers.py").exists():
+                return f"there is no {folder / 'answers.py'}; {command} makes it"
+            answers = vars(load(folder / "answers.py", "answers"))
+            for question in exercise.questions:
+                if answers.get(question) is None:
+                    return f"{folder / 'answers.py'}: {question} has no answer yet"
         torch.manual_seed(0)
         exercise.grade(load(file, f"work_{exercise.script}"), answers)
     except Wrong as wrong:

@@ -1,6 +1,5 @@
 """exercises/: what a student starts from fails, right solutions pass, wrong ones are told what is wrong."""
 import ast
-import importlib
 import re
 import subprocess
 import sys
@@ -10,8 +9,10 @@ import pytest
 
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "exercises"), str(Path(__file__).parent / "exercises")]
+sys.path.append(str(ROOT / "exercises"))
 import kit  # noqa: E402 (in exercises/)
+
+HERE = Path(__file__).parent / "exercises"
 
 EXERCISES = kit.exercises()
 FILES = sorted((ROOT / "exercises").glob("grade_*.py"))
@@ -20,9 +21,10 @@ FILES = sorted((ROOT / "exercises").glob("grade_*.py"))
 def solutions():
     """{exercise: Solution} of tests/exercises/."""
     found = {}
+    kit.load(HERE / "solutions.py", "solutions")  # by path: files here are called as the scripts are
     for file in FILES:
         script = file.stem.removeprefix("grade_")
-        own = kit.load(Path(__file__).parent / "exercises" / f"{script}.py", f"solutions_{script}")
+        own = kit.load(HERE / f"{script}.py", f"solutions_{script}")
         found.update(own.SOLUTIONS)
     return found
 
@@ -178,3 +180,8 @@ def test_an_error_in_the_student_s_code_is_one_sentence(tmp_path):
     assert "NameError" in sentence and "toy2d.py, line" in sentence and "\n" not in sentence
     (folder / "toy2d.py").write_text("def (")
     assert "SyntaxError" in kit.grade(exercise, folder)
+    exercise = EXERCISES["toy2d-1"]
+    folder = work(tmp_path / "answers", exercise, {})
+    for text in ("STEEP = steep", 'STEEP, FLAT = "far", "near"'):
+        (folder / "answers.py").write_text(text)
+        assert "Error" in kit.grade(exercise, folder) and "\n" not in kit.grade(exercise, folder)

@@ -1437,6 +1437,11 @@ def test_the_control_defends_with_the_gaussian_of_the_training_images(tmp_path, 
     assert calls["defend"][0][0][3] is V
 
 
+def test_the_control_runs(tmp_path, outcome):
+    flags = ("--budget", "smoke", "--net", "gaussian", "--out", tmp_path, "--device", "cpu")
+    assert outcome(ss, *flags, "--only", "table2.1", "gradients") == (0, "")
+
+
 def test_the_first_classes_can_be_left_out(tmp_path, monkeypatch):
     get, calls, *_ = wired(tmp_path, monkeypatch, *FLAGS, "--first-class", 6)
     (name, outputs, *_), _ = calls["make_net"][0]
