@@ -301,8 +301,8 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
     nets = [build(1) for _ in inside]
     for k, net in enumerate(nets if f else []):  # d_k starts as f with output k alone
         net.body.load_state_dict(f.body.state_dict())
-        net.head.weight.data = f.head.weight[k : k + 1]
-        net.head.bias.data = f.head.bias[k : k + 1]
+        net.head.weight.data = f.head.weight[k : k + 1].clone()
+        net.head.bias.data = f.head.bias[k : k + 1].clone()
     H = Detectors(nets)
     best = copy.deepcopy(H)
     best_auc = torch.zeros(H.K)

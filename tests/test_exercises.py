@@ -11,6 +11,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "exercises"))
 import kit  # noqa: E402 (in exercises/)
+import start  # noqa: E402
 
 HERE = Path(__file__).parent / "exercises"
 
@@ -32,10 +33,17 @@ def solutions():
 SOLUTIONS = solutions()
 
 
-def begin(folder, exercise):
-    """start.py, as a student calls it."""
-    command = [sys.executable, ROOT / "exercises" / "start.py", exercise.name, "--out", folder]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def begin(capsys):
+    """start.py, as a student calls it -> exit code, what it says on stdout and on stderr."""
+    def run(*argv):
+        try:
+            start.main([str(word) for word in argv])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+    return run
 
 
 def work(folder, exercise, edit):
@@ -99,42 +107,52 @@ def test_every_start_is_a_script_that_can_be_read():
 # --- the commands ---
 
 
-def test_start_makes_a_copy_and_never_overwrites(tmp_path):
+def test_start_makes_a_copy_and_never_overwrites(tmp_path, begin):
     before = (ROOT / "toy2d.py").read_bytes()
     out = tmp_path / "my work"
-    done = begin(out, EXERCISES["toy2d-2"])
-    assert done.returncode == 0 and not done.stderr and "--exercise toy2d-2" in done.stdout
+    code, said, err = begin("toy2d-2", "--out", out)
+    assert (code, err) == (0, "") and "--exercise toy2d-2" in said
     assert "toy2d-2" in (out / "toy2d.py").read_text() and (out / "common.py").exists()
     assert not (out / "answers.py").exists() and (ROOT / "toy2d.py").read_bytes() == before
     mine = (out / "toy2d.py").read_text() + "# mine\n"
     (out / "toy2d.py").write_text(mine)
-    again = begin(out, EXERCISES["toy2d-3"])
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "another --out" in again.stderr
+    code, _, err = begin("toy2d-3", "--out", out)
+    assert code == 2 and err.count("\n") == 1 and "another --out" in err
     assert (out / "toy2d.py").read_text() == mine
-    done = begin(tmp_path / "answers", EXERCISES["toy2d-1"])
-    assert "STEEP = None" in (tmp_path / "answers" / "answers.py").read_text() and "answers.py" in done.stdout
+    _, said, _ = begin("toy2d-1", "--out", tmp_path / "answers")
+    assert "STEEP = None" in (tmp_path / "answers" / "answers.py").read_text() and "answers.py" in said
 
 
-def test_start_lists_and_refuses_what_it_does_not_know(tmp_path):
-    listed = subprocess.run([sys.executable, ROOT / "exercises" / "start.py"], capture_output=True, text=True)
-    assert listed.stdout.split() == list(EXERCISES)
-    done = begin(tmp_path / "a", kit.Exercise("toy2d-99", None, None))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "toy2d-1" in done.stderr
-    assert not (tmp_path / "a").exists()
+def test_start_lists_and_refuses_what_it_does_not_know(tmp_path, begin):
+    assert begin()[1].split() == list(EXERCISES)
+    code, _, err = begin("toy2d-99", "--out", tmp_path / "a")
+    assert code == 2 and err.count("\n") == 1 and "toy2d-1" in err and not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    code, _, err = begin("toy2d-1", "--out", tmp_path / "file" / "a")
+    assert code == 2 and err.count("\n") == 1 and "--out" in err
+
+
+def test_start_is_a_command(tmp_path):
+    command = [sys.executable, ROOT / "exercises" / "start.py", "toy2d-2", "--out", tmp_path / "my work"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "my work" / "toy2d.py").exists()
 
 
 @pytest.mark.parametrize("name, edit, says", [
-    ("toy2d-2", SOLUTIONS["toy2d-2"].right[0], None), ("toy2d-2", {}, "nothing is filled in yet"),
-    ("toy2d-2", SOLUTIONS["toy2d-2"].wrong[0][0], "the drift is 2.0"), ("nothing-1", None, "no exercise"),
-    ("toy2d-3", None, "start.py toy2d-3")])
+    ("toy2d-2", SOLUTIONS["toy2d-2"].right[0], None), ("toy2d-2", SOLUTIONS["toy2d-2"].wrong[0][0], "the drift is 2.0")])
 def test_the_grader_s_command(tmp_path, name, edit, says):
     folder = tmp_path / "w"
     if edit is not None:
         work(folder, EXERCISES[name], edit)
     command = [sys.executable, "-m", "pytest", "-q", "exercises", "--exercise", name, "--work", folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode == 0) == (says is None) and "Traceback" not in done.stdout
     assert says is None or says in done.stdout
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    assert "start.py toy2d-3" in kit.grade(EXERCISES["toy2d-3"], tmp_path)
+    assert "nothing is filled in yet" in kit.grade(EXERCISES["toy2d-2"], work(tmp_path / "w", EXERCISES["toy2d-2"], {}))
 
 
 # --- taking out and putting in ---
