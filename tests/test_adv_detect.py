@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -960,7 +961,9 @@ def test_smoke_of_every_experiment(tmp_path, capsys):
 
 
 def test_smoke_on_colour(tmp_path, write_npz):
-    ad.main(["--budget", "smoke", "--dataset", "cifar10", "--data-dir", str(write_npz("cifar10", 240)), "--out", str(tmp_path),
+    y = np.arange(240) % 3  # of three classes, so three detectors
+    data = write_npz("cifar10", 240, y_train=y, y_test=y)
+    ad.main(["--budget", "smoke", "--dataset", "cifar10", "--data-dir", str(data), "--out", str(tmp_path),
              "--models", "linf8", "--device", "cpu", "--only", "table3.1", "table3.4"])
     rows = json.loads((tmp_path / "adv_detect-cifar10" / "results.json").read_text())["table3.4"]["rows"]
     assert {f"AUC of d_1, linf8, attack {other}" for other in ad.MODELS[3]} < {row["quantity"] for row in rows}
