@@ -873,7 +873,7 @@ class Pictures(torch.utils.data.Dataset):
         for file in files:  # what its first bytes tell is said now, and not after an hour
             _open_picture(file, header=True)
 
-    @property
+    @functools.cached_property
     def y(self):
         """Labels int64 [N]: places of the folders in `classes`; UserError for one that is not there."""
         place = {name: i for i, name in enumerate(self.classes)}
@@ -962,7 +962,7 @@ def _picture_files(folder, split):
     elif folder.name == "tiny-imagenet-200":
         homes["test"] = folder / "val"  # what it calls test has no labels
     home, train = homes[split], homes["train"] or folder
-    files = _files_below(home) if home else []
+    files = below = _files_below(home) if home else []
     if homes["train"] == homes["test"]:
         def to_test(file):
             return hashlib.sha1(file.relative_to(folder).as_posix().encode()).digest()[0] % 10 == 0
@@ -974,8 +974,10 @@ def _picture_files(folder, split):
         lines = (home / "val_annotations.txt").read_text().splitlines()
         class_of = {line.split("\t")[0]: line.split("\t")[1] for line in lines if "\t" in line}
         folders = [class_of.get(file.name) for file in files]
-    names = {_class_folder(file, train) for file in _files_below(train)} if folder.name in LABELLED else ()
-    return files, folders, sorted(set(names) - {None})
+    if folder.name not in LABELLED:
+        return files, folders, []
+    below = below if home == train else _files_below(train)
+    return files, folders, sorted({_class_folder(file, train) for file in below} - {None})
 
 def _class_folder(file, home):
     """The first folder on the way from `home` to a file; None where it lies in `home` itself."""

@@ -7,30 +7,23 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from kit import Exercise, expect, swap, take_out, unchanged
+from kit import Exercise, expect, near, swap, take_out, unchanged
 from torch import nn
-
-
-def number(answers, name, right, tolerance, why):
-    """An answer that is a number, and why it is what it is."""
-    said = answers[name]
-    expect(isinstance(said, (int, float)), f"{name} must be a number, not {said!r}")
-    expect(abs(said - right) < tolerance, f"{name} is {right:.3g}, not {said}: {why}")
 
 
 def before_training(fixer, answers):
     """fixer-1: what an untrained G does, and what the rows of `upperbound` add up to."""
     G = fixer.Fixer(1, 4).train()
     pixel = G(torch.full((2, 1, 8, 8), 1.7))[0, 0, 0, 0].item()
-    number(answers, "PIXEL", pixel, 0.005,
+    near(answers, "PIXEL", pixel, 0.005,
            "look at the weights of G's last layer, and for a clamp or a tanh at the end")
     F.mse_loss(G(torch.randn(4, 1, 8, 8)), torch.rand(4, 1, 8, 8)).backward()
     moving = sum(p.grad.abs().max().item() > 0 for p in G.parameters())
-    number(answers, "MOVING", moving, 0.5,
+    near(answers, "MOVING", moving, 0.5,
            "the gradient reaches every other layer through the weights of the last one, and those are 0 at first")
     after = 300 + 84 - 4
-    number(answers, "ACCURACY", after / 400, 0.002, "what G spoils goes off again from what it repairs")
-    number(answers, "CLOSED", (after - 300) / (396 - 300), 0.005,
+    near(answers, "ACCURACY", after / 400, 0.002, "what G spoils goes off again from what it repairs")
+    near(answers, "CLOSED", (after - 300) / (396 - 300), 0.005,
            "the gap is what chains cost, from f(T(x)) up to f(x), and what is gained of it is repaired minus spoiled")
 
 
@@ -182,7 +175,7 @@ def around_or_through(fixer, answers):
         for way, defence in defences.items():
             _, gradient = defence.gradient(x, y, 1)
             m = f(G(ball.ascend(x, x, gradient)))[0, 0].item()
-            number(answers, f"{kind}_{way}", m, 0.004, why[f"{kind}_{way}"])
+            near(answers, f"{kind}_{way}", m, 0.004, why[f"{kind}_{way}"])
     needed = str(answers["NEEDED"]).strip().lower()
     expect(needed in ("around", "through", "both"), f"NEEDED is one of around, through, both, not {needed}")
     expect(needed == "both",
@@ -190,7 +183,7 @@ def around_or_through(fixer, answers):
     broken = {9, 10} | {2, 9, 10} | {1, 5, 10}
     expect(answers["JOINED"] != 0.7,
            "JOINED .7 is the lowest of the three accuracies; an adversary may choose another attack for each image")
-    number(answers, "JOINED", 1 - len(broken) / 10, 0.005,
+    near(answers, "JOINED", 1 - len(broken) / 10, 0.005,
            "an image survives if no attack breaks it; count each image once")
 
 

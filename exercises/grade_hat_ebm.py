@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 from common import Images
-from kit import Exercise, expect, swap, take_out, unchanged
+from kit import Exercise, expect, near, swap, take_out, unchanged
 from torch import nn
 
 
@@ -49,13 +49,6 @@ def made(hat_ebm, **numbers):
     return hat_ebm.Mode(**{**usual, **numbers})
 
 
-def number(answers, name, right, tolerance, why):
-    """An answer that is a number, and why it is what it is."""
-    said = answers[name]
-    expect(isinstance(said, (int, float)), f"{name} must be a number, not {said!r}")
-    expect(abs(said - right) < tolerance, f"{name} is about {right:.3g}, not {said}: {why}")
-
-
 def spread(hat_ebm, answers):
     """hat_ebm-1: where chains settle that the hat leaves alone, and how far a steep hat moves y."""
     G, z = Doubling(), torch.randn(4000, 4)
@@ -63,19 +56,19 @@ def spread(hat_ebm, answers):
     state = z, g, torch.zeros_like(g)
     flat = Bowl(0.0)
     free = hat_ebm.Hat(flat, G, made(hat_ebm, tau_z=0.1), [])
-    number(answers, "FREE", hat_ebm.walk(free, state, 400)[0].std().item(), 0.08,
+    near(answers, "FREE", hat_ebm.walk(free, state, 400)[0].std().item(), 0.08,
            "no term pulls z back to N(0, I), so the variances of the steps add up, to that of the start")
     peer = z
     for _ in range(100):
         peer = hat_ebm.ddls_step(peer, G, flat)
-    number(answers, "PEER", peer.detach().std().item(), 0.05,
+    near(answers, "PEER", peer.detach().std().item(), 0.05,
            "the energy of DDLS has the term |z|^2/2: which density is that?")
     pulled = hat_ebm.Hat(flat, G, made(hat_ebm, tau_y=0.02, t=1e-4, prior=200.0), [])
-    number(answers, "RESIDUAL", hat_ebm.walk(pulled, state, 100)[2].std().item(), 0.006,
+    near(answers, "RESIDUAL", hat_ebm.walk(pulled, state, 100)[2].std().item(), 0.006,
            "a density exp(-200 y^2) is a normal one; of which variance? T divides H, not the prior")
     steep = hat_ebm.Hat(Slope(1e6), G, made(hat_ebm, tau_y=0.001, t=1e-4), [])
     y = hat_ebm.walk(steep, state, 4)[2]
-    number(answers, "STEEP", hat_ebm.lengths(y).mean().item(), 0.05,
+    near(answers, "STEEP", hat_ebm.lengths(y).mean().item(), 0.05,
            "a step moves y at most CLIP down the slope; here the slope has the same direction in each step")
 
 

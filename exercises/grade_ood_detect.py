@@ -2,16 +2,8 @@
 import math
 
 import torch
-from kit import Exercise, expect, swap, take_out, unchanged
+from kit import Exercise, expect, number, swap, take_out, unchanged
 from torch import nn
-
-
-def number(answers, name):
-    """An answer as a number."""
-    try:
-        return float(answers[name])
-    except (TypeError, ValueError):
-        expect(False, f"{name}: write a number, not {answers[name]!r}")
 
 
 def by_hand(_, answers):

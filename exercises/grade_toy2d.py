@@ -83,11 +83,6 @@ def weights(toy2d, _):
     expect(sure.item() == 0, "points beyond the margin still cost something")
 
 
-def taken_out(name, hint):
-    """A start: the body of this function taken out."""
-    return lambda source: take_out(source, name, hint)
-
-
 def no_bank(source):
     """persistent_chains forgets what its chains reached."""
     return put(source, "persistent_chains", '''
@@ -108,7 +103,7 @@ EXERCISES = [
     Exercise("toy2d-1", unchanged, reach, {
         "STEEP": "distance from 0 after 14 PGD steps of .12 up f(x) = -100 |x| from (3, 0)",
         "FLAT": "the same up f(x) = -.001 |x|"}),
-    Exercise("toy2d-2", taken_out("langevin_2d", "toy2d-2: Eq. 2.3"), langevin),
+    Exercise("toy2d-2", lambda source: take_out(source, "langevin_2d", "toy2d-2: Eq. 2.3"), langevin),
     Exercise("toy2d-3", no_bank, bank),
     Exercise("toy2d-4", unchanged, weights),
 ]

@@ -1,14 +1,16 @@
 """What the exercises are made of: taking a body out of a script, planting a bug, grading what a student made of it."""
 import ast
-import importlib
 import importlib.util
 import sys
 import textwrap
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.append(str(ROOT))  # the scripts, and common
 SCRIPTS = ("toy2d", "at_gen", "adv_detect", "ood_detect", "gen_classify", "stochastic_security", "lifecycle_midrun",
            "fixer", "hat_ebm")
 
@@ -34,6 +36,21 @@ def expect(right, sentence):
     """Wrong(sentence) where something is not right."""
     if not right:
         raise Wrong(sentence)
+
+
+def number(answers, name):
+    """An answer as a number; a text that reads as one will do."""
+    try:
+        return float(answers[name])
+    except (TypeError, ValueError):
+        raise Wrong(f"{name}: write a number, not {answers[name]!r}") from None
+
+
+def near(answers, name, right, tolerance, why):
+    """Wrong where an answer is not this number, with the reason."""
+    said = answers[name]
+    expect(isinstance(said, (int, float)), f"{name} must be a number, not {said!r}")
+    expect(abs(said - right) < tolerance, f"{name} is about {right:.3g}, not {said}: {why}")
 
 
 def unchanged(source):
@@ -75,9 +92,6 @@ def swap(source, old, new):
 def exercises():
     """{name: Exercise} of all nine scripts, in order."""
     found = {}
-    for path in (str(ROOT), str(HERE)):
-        if path not in sys.path:
-            sys.path.append(path)
     for script in SCRIPTS:
         if (HERE / f"grade_{script}.py").exists():
             for exercise in importlib.import_module(f"grade_{script}").EXERCISES:
@@ -96,7 +110,6 @@ def load(file, name):
 
 def grade(exercise, folder):
     """What is wrong with the work in a folder, in a sentence; None if it is right."""
-    import torch
     file = folder / f"{exercise.script}.py"
     command = f"python exercises/start.py {exercise.name} --out {folder}"
     if not file.exists():

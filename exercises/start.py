@@ -4,14 +4,14 @@
     python exercises/start.py                           # a list of all exercises
 """
 import argparse
-import sys
 from pathlib import Path
 
 import kit
+from common import UserError, call  # kit knows where it is
 
 
 def main(argv=None):
-    """What ends it early is one line on stderr and exit code 2."""
+    """Writes the copy; UserError where it cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exercise", nargs="?", help="its name, SCRIPT-NUMBER")
     parser.add_argument("--out", type=Path, default=Path("my_work"), help="folder of the copy (my_work)")
@@ -22,7 +22,7 @@ def main(argv=None):
             print(name)
         return
     if args.exercise not in known:
-        sys.exit(stop(f"no exercise '{args.exercise}'; known: {', '.join(known)}"))
+        raise UserError(f"no exercise '{args.exercise}'; known: {', '.join(known)}")
     exercise, out = known[args.exercise], args.out.expanduser()
     source = (kit.ROOT / f"{exercise.script}.py").read_text(encoding="utf-8")
     files = {f"{exercise.script}.py": exercise.start(source),
@@ -32,25 +32,19 @@ def main(argv=None):
         files["answers.py"] = "\n".join(lines) + "\n"
     for name in files:
         if (out / name).exists() and name != "common.py":
-            sys.exit(stop(f"{out / name} exists and is left as it is; take another --out"))
+            raise UserError(f"{out / name} exists and is left as it is; take another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             if not (out / name).exists():
                 (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        sys.exit(stop(f"--out {out}: {error.strerror}"))
+        raise UserError(f"--out {out}: {error.strerror}") from None
     mine = "answers.py" if exercise.questions else f"{exercise.script}.py"
     print(f"read  exercises/{exercise.script}.md, {exercise.name}")
     print(f"edit  {out / mine}")
     print(f"check python -m pytest exercises --exercise {exercise.name} --work {out}")
 
 
-def stop(sentence):
-    """One line on stderr -> exit code 2."""
-    print(f"start.py: {sentence}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    main()
+    call(main)

@@ -1,11 +1,6 @@
 """The grader of one exercise: python -m pytest exercises --exercise fixer-2 --work my_work"""
-import sys
-from pathlib import Path
-
+import kit
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import kit  # noqa: E402 (beside this file)
 
 
 def test_exercise(request):

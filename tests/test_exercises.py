@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "exercises"))
+import common  # noqa: E402
 import kit  # noqa: E402 (in exercises/)
 import start  # noqa: E402
 
@@ -38,7 +39,7 @@ def begin(capsys):
     """start.py, as a student calls it -> exit code, what it says on stdout and on stderr."""
     def run(*argv):
         try:
-            start.main([str(word) for word in argv])
+            common.call(lambda: start.main([str(word) for word in argv]))
             code = 0
         except SystemExit as end:
             code = end.code

@@ -32,6 +32,12 @@ def shades_and_labels(data):
     return [(int(x.float().mean()), int(y)) for x, y in zip(images.x, images.y)]
 
 
+def any_run(folder):
+    args = types.SimpleNamespace(seed=0, chunk=2, data_dir=folder, device="cpu", budget="smoke", out=folder,
+                                 fresh=False, dataset="toy", argv=[])
+    return common.Run("any", args)
+
+
 # --- labels and splits of folders ---
 
 
@@ -218,12 +224,10 @@ def test_archives_of_zeros_and_ones_are_refused(write_npz):
 
 
 def test_a_single_class_is_said(tmp_path):
-    args = types.SimpleNamespace(seed=0, chunk=2, data_dir=tmp_path, device="cpu", budget="smoke", out=tmp_path,
-                                 fresh=False, dataset="toy", argv=[])
     data = common.Images(torch.zeros(9, 1, 28, 28, dtype=torch.uint8), torch.full((9,), 3), "toy")
     build = lambda: common.make_net("small_cnn", 10, data.shape)  # noqa: E731
     with pytest.raises(UserError, match="one class"):
-        common.train_classifier(common.Run("any", args), "f", build, data, 2)
+        common.train_classifier(any_run(tmp_path), "f", build, data, 2)
 
 
 def test_svhn_without_scipy_is_said(tmp_path, monkeypatch):
@@ -250,9 +254,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_scratch(tmp_path, error):
 
 
 def test_all_that_a_run_writes_goes_through_whole_files(tmp_path, monkeypatch):
-    args = types.SimpleNamespace(seed=0, chunk=2, data_dir=tmp_path, device="cpu", budget="smoke", out=tmp_path,
-                                 fresh=False, dataset="toy", argv=[], only=["a"], settings=None)
-    run = common.Run("any", args)
+    run = any_run(tmp_path)
     training = common.Training(run, "a", {}, n=torch.ones(1))
     figure = common.plt.figure()
 
@@ -268,10 +270,6 @@ def test_all_that_a_run_writes_goes_through_whole_files(tmp_path, monkeypatch):
 
 
 # --- the shell ---
-
-
-def shell(*command, **environment):
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, timeout=60)
 
 
 def test_the_home_folder_is_written_as_a_tilde(tmp_path):
