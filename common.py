@@ -13,6 +13,7 @@ The names that you meet in a script, and may take on trust:
     frozen_copy, follow       a copy of a network for sampling, in bfloat16 where that is fast; its update
     fast_precision, by_parts  bfloat16 in networks, where that is fast; a function applied to parts of a batch
     load_images, train_and_test, load_on_device, batches   data sets by name; endless shuffled batches
+    user_pictures, whole_file   a folder of pictures that a user has; a file, whole or not at all
     make_net, train_classifier   a network by name; a classifier of a data set
     UserError, Diverged       what ends a run with one line on stderr
 
@@ -80,8 +81,7 @@ def settings(columns, smoke, **rows):
     """
     kinds, fields = {}, []
     for name, (*values, text) in rows.items():
-        if len(values) not in (1, len(columns)):
-            raise ValueError(f"setting {name} has {len(values)} values for {len(columns)} columns")
+        assert len(values) in (1, len(columns)), name
         kinds[name] = float if any(isinstance(v, float) for v in values) else type(values[0])
         fields.append((name, kinds[name], dataclasses.field(metadata={"help": text})))
     Settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
@@ -148,10 +148,11 @@ def parse_args(doc, table, experiments, argv=None):
     p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (125; a GPU 1600)")
     p.add_argument("--fresh", action="store_true", help="drop this run's checkpoints, logs and results first")
     defaults = table[chosen.dataset, chosen.budget]
-    kinds = {int: _whole, float: _number, str: str}
+    kinds = {int: _whole, float: _number, str: str, bool: _whole}
     for field in dataclasses.fields(defaults):
         default = getattr(defaults, field.name)
-        p.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type], metavar="VALUE",
+        flag = {"nargs": "?", "const": True} if field.type is bool else {"metavar": "VALUE"}
+        p.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type], **flag,
                        default=default, help=f"{field.metadata['help']} ({default})".replace("%", "%%"))
     args = p.parse_args(argv)
     args.argv = argv
@@ -277,7 +278,7 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot make {folder} ({error.strerror})") from None
         for file in self.folder.iterdir() if args.fresh else ():
-            if file.suffix in (".pt", ".csv", ".json", ".png", ".tmp"):
+            if file.suffix in (".pt", ".csv", ".json", ".png", ".gif", ".tmp"):
                 file.unlink()
         self.about = {"command": shlex.join(["python", f"{script}.py", *args.argv]), "dataset": args.dataset,
                       "budget": args.budget, "seed": args.seed, "hardware": _hardware(self.device),
@@ -319,7 +320,7 @@ class Run:
 
     def save(self, figure, name):
         """Write a figure to NAME.png and close it."""
-        with _whole_file(self.folder / f"{name}.png") as scratch:
+        with whole_file(self.folder / f"{name}.png") as scratch:
             figure.savefig(scratch, dpi=110, format="png")
         plt.close(figure)
 
@@ -336,8 +337,8 @@ class Run:
     def lines(self, name, rows, x, **axis_settings):
         """NAME.png: rows of results over each setting that x names ("steps length"), a line a quantity."""
         panels = x.split()
-        size = (1.2 + 4.4 * len(panels), 3.6)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 4.4 * len(panels), 3.6), squeeze=False,
+                                    layout="constrained")
         for axis, x in zip(axes[0], panels):
             for quantity in dict.fromkeys(row["quantity"] for row in rows if x in row):
                 points = [row for row in rows if row["quantity"] == quantity]
@@ -465,7 +466,7 @@ class Training:
     def _write_log(self):
         """log-NAME.csv from the rows: after a resume it holds what the checkpoint knows, no more."""
         names = dict.fromkeys(itertools.chain(*self.rows))
-        with _whole_file(self.folder / f"log-{self.name}.csv") as scratch:
+        with whole_file(self.folder / f"log-{self.name}.csv") as scratch:
             with open(scratch, "w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=names or ["it"])
                 writer.writeheader()
@@ -480,7 +481,7 @@ class Training:
             state["rng"]["cuda"] = torch.cuda.get_rng_state(self.run.device)
         for key, part in self.parts.items():
             state[key] = part if isinstance(part, (torch.Tensor, list)) else part.state_dict()
-        with _whole_file(self.file) as scratch:
+        with whole_file(self.file) as scratch:
             torch.save(state, scratch)
 
 def seeded(function):
@@ -654,25 +655,20 @@ class Images:
     y: torch.Tensor
     name: str
     shape = property(lambda self: tuple(self.x.shape[1:]))
-
     def __len__(self):
         return len(self.x)
-
     def take(self, index):
         """Images of these indices (tensor, list or slice) as float32 [B, C, H, W] in [0, 1]."""
         index = index.to(self.x.device) if isinstance(index, torch.Tensor) else index
         return self.x[index].float() / 255
-
     def some(self, n):
         """A fixed random choice of n images, float32 [n, C, H, W], and their labels [n]."""
         index = shuffled(len(self), 123)[:n].to(self.x.device)
         return self.take(index), self.y[index]
-
     def from_class(self, first):
         """The images of class `first` and of those after it, whose labels count from 0 again."""
         kept = self.y >= first
         return Images(self.x[kept], self.y[kept] - first, self.name)
-
     def to(self, device):
         return Images(self.x.to(device), self.y.to(device), self.name)
 
@@ -872,7 +868,6 @@ class Pictures(torch.utils.data.Dataset):
         self.shape = (3, side, side)
         for file in files:  # what its first bytes tell is said now, and not after an hour
             _open_picture(file, header=True)
-
     @functools.cached_property
     def y(self):
         """Labels int64 [N]: places of the folders in `classes`; UserError for one that is not there."""
@@ -882,21 +877,17 @@ class Pictures(torch.utils.data.Dataset):
                 where = f"{folder} is no class" if folder else "it is in no class folder"
                 raise UserError(f"{file}: {where} of the train split ({len(place)} folders)")
         return torch.tensor([place[folder] for folder in self.folders])
-
     def __len__(self):
         return len(self.files)
-
     def __getitem__(self, key):
         """-> uint8 [3, side, side]."""
         i, *crop = key if isinstance(key, tuple) else (key,)
         return picture_tensor(_open_picture(self.files[i]), self.side, *crop)
-
     def take(self, index):
         """Centre crops of these indices as float32 [B, 3, side, side] in [0, 1]."""
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         return torch.stack([self[int(i)] for i in index]).float() / 255
-
     def to(self, device):
         return self  # pictures stay in their files; a batch moves to the device when it is used
 
@@ -910,11 +901,22 @@ def in_memory(pictures, index=slice(None), workers=2):
         parts = list(loader)
     return Images(torch.cat(parts), y[index], pictures.name)
 
-def picture_tensor(picture, side, crop="none", seed=0):
-    """A PIL picture -> uint8 [C, side, side]: resized and centre-cropped, or cropped as in CROPS and flipped.
+def user_pictures(folder, output, side):
+    """A user's pictures in a folder and those below it -> Pictures; makes `output`, where nothing may be."""
+    files, output = _files_below(Path(folder).expanduser()), Path(output).expanduser()
+    if not files:
+        raise UserError(f"--input {folder}: no png, jpg or webp there")
+    pictures = Pictures(files, None, None, side, folder)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot make it ({error.strerror})") from None
+    if any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty; nothing is overwritten: name another folder")
+    return pictures
 
-    The random crop depends on `seed` alone.
-    """
+def picture_tensor(picture, side, crop="none", seed=0):
+    """A PIL picture -> uint8 [C, side, side]: resized and centre-cropped, or (by `seed`) as in CROPS."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU generator alone, which fork_rng restores
         scale, ratio, probability = CROPS.get(crop, (None, None, 0))
@@ -1048,7 +1050,7 @@ def _first_line(error):
 # === networks ===============================================================================================
 IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean and deviation of its pixels, by channel
 
-def _normalising(net, mean, std):
+def normalising(net, mean, std):
     """Give a network the buffers mean and std [1, C, 1, 1]; its forward normalises with them."""
     net.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
     net.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -1207,7 +1209,7 @@ class Pretrained(Pooled):
         parent, _, child = name.rpartition(".")
         setattr(self.net.get_submodule(parent), child, nn.Identity())
         self.head = last if outputs == 1000 else nn.Linear(last.in_features, outputs)
-        _normalising(self, *IMAGENET)
+        normalising(self, *IMAGENET)
 
     def resized(self, x):
         x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True)
@@ -1255,9 +1257,9 @@ class ResNet(Pooled):
         super().__init__()
         block, counts = {18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3))}[depth]
         if channels == 3:
-            _normalising(self, (.4914, .4822, .4465), (.2023, .1994, .2010))
+            normalising(self, (.4914, .4822, .4465), (.2023, .1994, .2010))
         else:
-            _normalising(self, (.5,), (.5,))
+            normalising(self, (.5,), (.5,))
         c = round(64 * width)
         layers = [nn.Conv2d(channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         for stage, count in enumerate(counts):
@@ -1416,7 +1418,7 @@ def read_checkpoint(file):
     return state
 
 @contextlib.contextmanager
-def _whole_file(file):
+def whole_file(file):
     """A name to write to; then renamed, so that `file` is whole or as before. UserError where that fails."""
     scratch = Path(f"{file}.tmp")
     try:
@@ -1429,16 +1431,14 @@ def _whole_file(file):
 
 def _read_json(file):
     """A JSON file as a dict; {} where there is none."""
-    if not file.exists():
-        return {}
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text()) if file.exists() else {}
     except ValueError:
         raise UserError(f"{file}: not readable; move it away, or --fresh") from None
 
 def _write_json(file, content):
     """A JSON file, whole or not at all."""
-    with _whole_file(file) as scratch:
+    with whole_file(file) as scratch:
         scratch.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 def _number(text):
@@ -1452,7 +1452,6 @@ def _number(text):
     return value
 
 def _whole(text):
-    """A whole number from 0 on."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
     return int(text)

@@ -342,45 +342,42 @@ def train(run, s, name, data, p0):
 
 # --- the models of at_gen.py, for large pictures ------------------------------------------------------------
 
-class ResBlk(nn.Module):
+class ResBlk(common.Residual):
     """Pre-activation residual block, no normalisation, that halves the side; the sum is divided by sqrt 2."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_in, 3, 1, 1)
-        self.conv2 = nn.Conv2d(c_in, c_out, 3, 1, 1)
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+        relu, pool = nn.LeakyReLU(0.2), nn.AvgPool2d(2)
+        first = nn.Conv2d(c_in, c_in, 3, 1, 1)
+        second = nn.Conv2d(c_in, c_out, 3, 1, 1)
+        skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.main = nn.Sequential(relu, first, pool, relu, second)
+        self.shortcut = nn.Sequential(skip, pool)
 
     def forward(self, x):
-        y = F.avg_pool2d(self.conv1(F.leaky_relu(x, 0.2)), 2)
-        y = self.conv2(F.leaky_relu(y, 0.2))
-        return (y + F.avg_pool2d(self.skip(x), 2)) / math.sqrt(2)
+        return super().forward(x) / math.sqrt(2)
 
 class ResBlockD(nn.Module):
-    """The D of Tab. 2.2, its stem 3x3 as in the source's code. [B, 3, side, side] -> [B, 1].
+    """The D of Tab. 2.2, its stem 3x3 as in the source's code. [B, 3, side, side] -> [B, outputs].
 
     20,851,777 parameters at 256 pixels. Other powers of two: a stem of 2^14 / side channels, doubled by each
     block to at most 512, and log2(side) - 2 blocks, down to 4x4.
     """
 
-    def __init__(self, side):
+    def __init__(self, side, outputs=1):
         super().__init__()
         if side < 8 or side & (side - 1):
-            raise UserError(
-                f"the residual D takes sides that are powers of two from 8 on, not {side}"
-            )
-        mean, std = torch.tensor(common.IMAGENET).view(2, 1, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+            raise UserError(f"the residual D takes sides that are powers of two, 8 at least, not {side}")
+        common.normalising(self, *common.IMAGENET)
         c = min(2**14 // side, 512)
         layers = [nn.Conv2d(3, c, 3, 1, 1)]
-        for _ in range(int(math.log2(side)) - 2):
+        while side > 4:
             layers.append(ResBlk(c, min(2 * c, 512)))
             c = min(2 * c, 512)
-        self.body = nn.Sequential(
-            *layers, nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2), nn.Flatten()
-        )
-        self.head = nn.Linear(c, 1)
+            side //= 2
+        layers += [nn.LeakyReLU(0.2), nn.Conv2d(c, c, 4), nn.LeakyReLU(0.2), nn.Flatten()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(c, outputs)
 
     def forward(self, x):
         return self.head(self.body((x - self.mean) / self.std))

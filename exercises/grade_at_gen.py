@@ -95,7 +95,7 @@ def pgd_step(at_gen, _):
            f"where f is very flat, a step of 0.1 moves an image by {long:.4f}: what guards against a gradient of 0 "
            "must be much smaller than any other gradient")
     expect((step_of(at_gen, grey, f, grey, -0.1, math.inf) - grey + 0.1 * u).abs().max() < 1e-3,
-           "a negative `step` must go down f by the same length (the attack on data, --indist-steps)")
+           "a negative `step` must go down f by the same length")
     expect(f.w.grad is None, "the step leaves a gradient in f's parameters: it must not take part in the update")
     x = grey.clone()
     x[0] += 0.3 * u  # the second one is at the ball's centre

@@ -35,13 +35,13 @@ def table(script, dataset, name, entry):
     return [*lines, ""]
 
 def tables(script):
-    """All tables of a script: every data set, its experiments in the script's order."""
+    """All tables of a script: every data set, its experiments in the script's order ("table2.5 fixed K 5": a variant)."""
     order = list(importlib.import_module(script).EXPERIMENTS)
     lines = []
     for file in sorted(HERE.glob(f"{script}-*.json")):
         dataset = file.stem.removeprefix(f"{script}-")
         entries = json.loads(file.read_text())
-        for name in sorted(entries, key=order.index):
+        for name in sorted(entries, key=lambda name: (order.index(name.split()[0]), name)):
             lines += table(script, dataset, name, entries[name])
     return "\n".join(lines)
 

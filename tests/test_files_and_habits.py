@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_scratch(tmp_path, error):
     file = tmp_path / "results.json"
     file.write_text("{}")
     with pytest.raises(UserError, match="results.json: cannot be written"):
-        with common._whole_file(file) as scratch:
+        with common.whole_file(file) as scratch:
             scratch.write_bytes(b"half")
             raise error
     assert file.read_text() == "{}" and list(tmp_path.iterdir()) == [file]

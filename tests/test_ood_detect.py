@@ -568,9 +568,9 @@ def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, monke
              "--device", "cpu", "--only")
     made = []
 
-    def at_gen_instead(command):  # with the side of 8, which is quick
+    def at_gen_instead(command):  # with the side of 16, which is quick
         made.append(command)
-        return subprocess.run([*command, "--side", "8", "--k-max", "1", "--images", "8"])
+        return subprocess.run([*command, "--side", "16", "--k-max", "1", "--images", "12"])
     monkeypatch.setattr(od, "subprocess", SimpleNamespace(run=at_gen_instead))
     kept = {}
     real = od.table_3_12
@@ -584,7 +584,7 @@ def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, monke
     assert len(made) == 1 and Path(made[0][1]).name == "at_gen.py"
     assert made[0][2:6] == ["--only", "figure2.7", "--dataset", "celebahq"]
     assert {"--budget", "smoke", str(tmp_path), str(pictures)} <= set(made[0])
-    assert kept["eps"] == 7 * 8 / 256 and kept["test"].name == "celebahq" and kept["test"].shape == (3, 8, 8)
+    assert kept["eps"] == 7 * 16 / 256 and kept["test"].name == "celebahq" and kept["test"].shape == (3, 16, 16)
     assert list(kept["sets"]) == ["imagenet", "afhq_cat", "noise", "smooth noise", "single colours"]
     (detector,) = kept["detectors"].values()
     state = common.read_checkpoint(tmp_path / "at_gen-celebahq" / "f.pt")["f"]

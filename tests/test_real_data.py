@@ -35,7 +35,9 @@ def test_adversarial_auc_rises_on_real_images(tmp_path, name, p0):
                             "--k-max", "5", "--iters-per-k", "30", "--batch", "24"])
     data = load_images(name, "train", DATA)
     away = load_images(p0, "train", DATA, *data.shape[:2])
-    _, rows = at_gen.train_f(common.Run("at_gen", args), args.settings, "f", data, away)
+    run = common.Run("at_gen", args)
+    at_gen.train_f(run, args.settings, "f", data, away)
+    rows = common.read_checkpoint(run.folder / "f.pt")["rows"]
     first, last = (sum(row["auc_adv"] for row in part) / len(part) for part in (rows[:5], rows[-5:]))
     assert last > first + 0.1
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
