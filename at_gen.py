@@ -105,8 +105,8 @@ SETTINGS = common.settings(
     cls_iters=(300, 600, 2000, 1, 8000, 1, 1, 1, "its updates, batch 128; unused where there are no labels"),
     # restoration and translation: sec. 2.5.3
     restore_step=(0.25, 0.25, 0.1, 1.0, 0.1, 1.0, 1.0, 1.0, "length of a step that restores an image"),
-    denoise_steps=(6, "steps that denoise an image"),
-    inpaint_steps=(16, "steps that fill a hole"),
+    denoise_steps=(10, "steps that denoise an image"),
+    inpaint_steps=(20, "steps that fill a hole"),
     foreign=("letters", "glyphs", "tinyimagenet", "afhq_cat", "tinyimagenet", "afhq_cat", "celebahq",
              "celebahq", "another domain: its images are carried into the data's, and the data's into it"),
     gif=(False, "also write figure 2.11 as a film"),

@@ -23,29 +23,28 @@ an attacked image.
 
 Pairs (P(x), x) come from exactly the defence's chains, drawn anew every few epochs. Phase 2 keeps the
 weights of the lowest validation loss, on pairs that G never saw.
-Attacks are PGD (projected gradient descent: steps up the loss, back into a ball around the image). EOT
-(expectation over transformation): the loss is that of the mean logits of many chains. BPDA (backward pass
-differentiable approximation) takes the identity for the derivative of P, and in the source for that of G as
-well ("around G, T"). A second attack goes through G. A third (whole chain, not in the source) goes through G
-and back through all K steps: chains forget their image, so that the mean of P(x) moves less than x does, and
-BPDA does not know that. For the derivative of a step it takes a difference over the length of the noise.
-PGD images made for f and for f behind G, without chains, are tried too. "Worst": images that survive all of
-these. An image that is misread before any attack counts as broken.
+Attacks: PGD (projected gradient descent: steps up the loss, back into a ball around the image) on the mean
+logits of many chains (EOT, expectation over transformation). Three ways lead back through them. BPDA
+(backward pass differentiable approximation) takes the identity for the derivative of P, and "around G, T"
+(the source's way) for that of G too; "through G" derives G itself; "whole chain" (not in the source) derives
+G and all K steps, because chains forget their image, and the mean of P(x) moves less than x does. A step's
+derivative is taken as a difference between two starts, as far apart as its noise is long. PGD images made for
+f(x) and f(G(x)) are tried too. "Worst": images that survive all of these. What is misread before any attack
+counts as broken.
 Commands (two cores; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .57, with the Fixer .97
     python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
     python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
     python fixer.py --dataset cifar10   58 min on a CPU (four of ten classes): worst .50, with the Fixer .45
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
-The energy is that of lifecycle_midrun.py (a "mid-run" energy, learned from chains of some hundred steps),
-which is run first where --out holds none: a minute more. "mid-run" in tables is the defence without G. The
+The energy (a "mid-run" one, learned from chains of some hundred steps) is that of lifecycle_midrun.py, which
+runs first where --out holds none: a minute more. "mid-run" in tables is the defence without G. The
 log: train is the mean loss during an epoch, val the loss after it on held-out pairs.
 Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or,
 without its weights (vgg16-397923af.pth in --data-dir), a layer of f. The source has ImageNet only. On
 glyphs and MNIST tau is four times that of the energy's training, so that chains do damage to repair.
 """
 import copy
-import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -89,7 +88,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, 1e-3, "rate of Adam"),
     batch=(50, 50, 64, 16, 64, 16, 50, "pairs in an update"),
     # the defence and its attack
-    tau=(0.06, 0.06, 0.02, 0.01, 0.005, 0.01, 0.03, "noise of a Langevin step; photos: half the source's"),
+    tau=(0.06, 0.06, 0.02, 0.01, 0.005, 0.01, 0.03, "noise of a Langevin step; paper: half the source's"),
     k=(50, 50, 100, 200, 2000, 200, 50, "K: Langevin steps of the defence and of the pairs"),
     h_def=(24, 24, 25, 64, 128, 64, 32, "chains of a verdict"),
     h_adv=(6, 6, 8, 24, 48, 24, 8, "chains of an attack's gradient"),
@@ -234,7 +233,7 @@ def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None,
     """Sec. 5.2.1: learn G from pairs of K steps -> G, frozen. G.losses: [training, validation] an epoch.
     start: the G to go on from. early: keep the weights of the lowest validation loss, and end `patience`
     epochs later; else keep the last ones."""
-    G = Fixer(learned.shape[0], round(64 * s.width))
+    G = Fixer(learned.shape[0], max(round(64 * s.width), 1))
     if start:
         G.load_state_dict(start.state_dict())
     G = common.to_device(G, run.device)
@@ -263,10 +262,10 @@ def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None,
         val = mean_loss(run, s, loss, G, z_held, held)
         training.log(train=train, val=val)
         losses.append([train, val])
-        lowest = min(losses, key=lambda pair: pair[1])
-        if losses[-1] == lowest or not early:
+        lowest = 1 + losses.index(min(losses, key=lambda pair: pair[1]))  # its epoch
+        if epoch == lowest or not early:
             best.load_state_dict(G.state_dict())
-        if early and epoch - 1 - losses.index(lowest) >= s.patience:
+        if early and epoch - lowest >= s.patience:
             training.stop()
     best.losses = losses
     return best
@@ -586,7 +585,7 @@ def get_args(argv=None):
     common.at_least(1, s, "pairs held refresh mse_epochs perceptual_epochs patience k h_def h_adv n")
     common.at_least(1, s, "images few natural")
     common.at_least(2, s, "batch")
-    common.above_0(s, "tau")
+    common.above_0(s, "tau width f_width lr")
     common.check_radius(s.eps)
     if s.batch > s.pairs or s.images > s.natural:
         raise UserError("--batch must be at most --pairs, --images at most --natural")
@@ -616,9 +615,9 @@ def main(argv=None):
     vgg_file = common.weights_at_hand("vgg16-397923af.pth", args.data_dir)
     classes = int(data.y.max()) + 1
     if folders and (vgg_file is None or classes != 1000):
-        raise UserError("imagenet wants vgg16-397923af.pth in --data-dir, and test images in 1000 folders")
+        raise UserError("imagenet wants vgg16-397923af.pth in --data-dir, and images in 1000 folders")
     build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)
-    build_f()  # a bad width fails here, not after an hour
+    build_f()  # a bad width fails here, not later
     unseen = "pretrained50" if folders else "resnet18"
     build_other = partial(common.make_net, unseen, classes, data.shape, 0.25)
     V, energy = midrun_energy(args, data.shape)
@@ -635,7 +634,8 @@ def main(argv=None):
     learn = partial(train_phase, run, s, chain=chain, learned=learned, held=held, K=s.k)
     f = once(lambda: train("f", build_f, sgd=s.f_sgd, shared=True))
     other = once(lambda: train("other", build_other))
-    noisy = once(lambda: train("f-noisy", build_f, sgd=s.f_sgd, noise=s.f_noise))
+    again = {"iterations": s.f_iters or 2000, "sgd": s.f_sgd, "noise": s.f_noise}
+    noisy = once(lambda: train("f-noisy", build_f, **again))
     perceptual = once(lambda: make_perceptual(vgg_file, f(), run.device))
     first = once(lambda: learn("mse", loss=F.mse_loss, epochs=s.mse_epochs, early=False))
     G = once(lambda: learn("fixer", loss=perceptual(), epochs=s.perceptual_epochs, start=first()))

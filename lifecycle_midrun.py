@@ -5,10 +5,10 @@ Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image
 An attack changes an image so little that nobody sees it, and yet a classifier f misreads it. An energy U is
 a network that gives an image one number, low for images like the training data. A chain starts at an image
 and takes many small steps down the energy, each with some noise (Langevin dynamics). It forgets the attack
-long before it forgets the class. stochastic_security.py asks for chains that stay realistic for ever, which
-is hard to learn. A defence runs them for K steps only, so a mid-run energy learns from chains that live a
-few times as long. A bank keeps their states between updates. Each state that an update has just used dies
-with probability p, and a training image takes its place. No label is needed: one energy defends any network
+long before it forgets the class. A long-run energy (stochastic_security.py) asks for chains that stay
+realistic for ever, which is hard to learn; a short-run energy knows only chains that have just started. A
+defence runs K steps, so a mid-run energy learns from chains that live about as long, mostly a few times
+longer. A bank keeps their states between updates (Alg. 4). No label is needed: one energy defends any network
 that sees such images.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
@@ -18,11 +18,11 @@ that sees such images.
     Alg. 4  A batch of the bank takes k_train steps (2.3), V takes an update, and the states go back. Each of
             them dies with probability p: a mean life of k_train / p steps, here .7 to 10 times K; (1 - p)^n
             outlive n visits. The learning rate falls to a tenth four times: in the end V hardly moves.
-    (3.1)   F(x) = E[f(P(x))], P(x): where K steps from x end (source: T).  (3.2) F_H: mean logits of H chains
-    (3.3)   BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the loss of
-            F_H. BPDA (backward pass differentiable approximation): P's derivative counts as the identity.
-            Whole chain (not in the source): back through all K steps. Chains forget their image, so E[P(x)]
-            moves less than x does. For a step's derivative: a difference over the length of the noise.
+    (3.1)   F(x) = E[f(P(x))], P(x): end of K steps from x (source: T(x)).  (3.2) F_H: mean logits of H chains
+    (3.3)   The attack climbs the loss of F_H (EOT: expectation over transformation), and takes the identity
+            for P's derivative (BPDA: backward pass differentiable approximation). "Whole chain" (not in the
+            source) goes back through all K steps: chains forget, so E[P(x)] moves less than x does. A step's
+            derivative is taken as a difference between two starts, as far apart as its noise is long.
     Alg. 3  PGD (projected gradient descent: steps up the loss, cut back to within eps of the image) with that
             gradient. N + 1 evaluations by H_adv chains. What looks broken is judged again by H_def fresh.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
@@ -32,15 +32,15 @@ Commands (two cores; more numbers in results/):
     python lifecycle_midrun.py                    6 min: robust accuracy .02 without, .93 with the defence
     python lifecycle_midrun.py --only table4.2    4 min more: the same energy before a segmentation network
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
-    python lifecycle_midrun.py --dataset cifar10  quick: a GPU; without one --budget cpu, four of ten classes
+    python lifecycle_midrun.py --dataset cifar10  CIFMIN min on a CPU (four of ten classes): .00, CIFROB
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which k_train steps
 moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in steps.
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
 They enter after the update (code: before). K = 2000 as the code (text: 1500). Lives are longer than the
-text's, K on average. Alg. 4 also makes the short-run energy (p = 1/2, .4 tau, rate 1e-4) and the long-run
-one (p / 20), of as many updates. ImageNet: ch. 4's network (code: BigGAN's), centre crops, mean logits
-(code: softmax outputs, a weaker attack). Masks hold a digit's class + 1 at its ink (source: pets). Offline,
-symbols stand in for flowers.
+text's (K on average), but for --budget cpu. Alg. 4 also makes the short-run energy (p = 1/2, .4 tau, rate
+1e-4) and the long-run one (p / 20), of as many updates. ImageNet: ch. 4's network (code: BigGAN's), centre
+crops, mean logits (code: softmax outputs, a weaker attack). Masks hold a digit's class + 1 at its ink
+(source: pets). Glyphs and MNIST: symbols stand in for flowers.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,7 +56,7 @@ from common import input_gradient, load_on_device, once, rate, repeat, seeded, v
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-SETTINGS = common.settings(  # a row: a value for each column, then its help
+SETTINGS = common.settings(  # a row: a value for each column, or one for all, then its help
     columns=("glyphs", "mnist", "cifar10 tinyimagenet", "cifar10-paper", "imagenet imagenet-paper",
              "cifar10-cpu"),
     smoke=dict(f_width=1, f_iters=3, u_iters=2, width=0.05, updates=6, batch=4, bank=8, k_train=2, k=3,
@@ -70,17 +70,17 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     f_sgd=(0.0, 0.0, 0.1, 0.1, 0.0, 0.0, "rate of SGD; 0: Adam"),
     f_noise=(0.05, "noise on the images that f of noisy-classifier is trained on"),
     net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "light_ebm", "network of V"),
-    width=(0.5, 0.5, 0.5, 1.0, 1.0, 0.5, "times its published channels"),
+    width=(0.5, 0.5, 0.5, 1.0, 1.0, 0.5, "channels of V, times the published ones"),
     updates=(800, 1600, 6000, 150_000, 150_000, 3000, "updates of the energy"),
     lr=(4e-4, 4e-4, 4e-4, 1e-4, 1e-4, 1e-3, "rate of Adam, at first"),
-    anneal=(1 / 3, "share of the updates until it falls to a tenth, as it does four times, evenly"),
+    anneal=(1 / 3, "share of the updates at that rate; then it falls to a tenth four times, evenly"),
     batch=(64, 64, 100, 128, 64, 64, "data images, and as many chains, in an update"),
     bank=(1024, 1024, 5000, 19_968, 9984, 1024, "states, a multiple of the batch"),
     k_train=(20, 20, 25, 100, 100, 8, "Langevin steps of an update"),
     p=(0.05, 0.05, 0.05, 0.025, 0.05, 0.15, "probability that a state is replaced after a visit"),
-    tau=(0.015, 0.015, 0.02, 0.005, 0.01, 0.03, "noise of a Langevin step; half the source's"),
+    tau=(0.015, 0.015, 0.02, 0.005, 0.01, 0.03, "noise of a Langevin step; paper: half the source's"),
     temperature=(1e-4, 1e-4, 4e-4, 1e-4, 1e-5, 4e-4, "T"),
-    data_noise=(0.03, 0.03, 0.04, 0.01, 0.015, 0.04, "noise on the data in training; half the source's"),
+    data_noise=(0.03, 0.03, 0.04, 0.01, 0.015, 0.04, "noise on data in training; paper: half the source's"),
     k=(75, 100, 100, 2000, 200, 75, "K: Langevin steps of the defence"),
     h_def=(24, 24, 50, 128, 64, 32, "chains of a verdict"),
     h_adv=(6, 6, 8, 48, 24, 8, "chains of an attack's gradient"),
@@ -481,14 +481,14 @@ def table_3_1(run, s, task, attack):
     return attacked(run, s, task, attack, "table3.1")[0]
 
 def table_3_3(run, s, task, attack):
-    """Table 3.1's attack with four times the steps and a third more chains, on the same images."""
+    """Four times the steps, a third more chains, on the same images; table 3.1's two attacks beside it."""
     plain = eot_attack(run, *task, attack)
     whole = eot_attack(run, *task, attack._replace(whole=True))
     stronger = attack._replace(N=4 * s.n, H_adv=round(4 / 3 * s.h_adv))
     outcome = eot_attack(run, *task, stronger)
     rows = rates(", stronger BPDA+EOT", outcome)
     worst = plain.robust & whole.robust & outcome.robust
-    return rows + [rate("robust acc, worst with table 3.1's", worst, eps=s.eps)]
+    return rows + [rate("robust acc, worst with table 3.1's two", worst, eps=s.eps)]
 
 def noisy_classifier(run, s, noisy_task, attack):
     """The same energy before a classifier that was trained on images with noise (not in the source)."""
@@ -614,7 +614,7 @@ def main(argv=None):
         return load("train"), load("test")
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
     run = common.Run("lifecycle_midrun", args)
-    run.chunk //= max(data.shape[1] // 32, 1) ** 2  # fewer large pictures at once
+    run.chunk = max(run.chunk // max(side // 32, 1) ** 2, 1)  # fewer large pictures at once
     def learned(net_name, net, images, held_out, iterations, kind=Defence, **options):
         build = partial(net, int(images.y.max()) + 1, data.shape)
         network = common.train_classifier(run, net_name, build, images, iterations, **options)

@@ -606,7 +606,7 @@ def test_table_3_3_attacks_longer_with_more_chains_and_broken_stays_broken(run, 
     assert seen == [("d", "x", "y", ATTACK), ("d", "x", "y", ATTACK._replace(whole=True)),
                     ("d", "x", "y", ATTACK._replace(N=80, H_adv=12))]
     assert values(rows) == {"natural acc, stronger BPDA+EOT": 1, "robust acc, stronger BPDA+EOT": 0.8,
-                            "robust acc, worst with table 3.1's": 0.2}
+                            "robust acc, worst with table 3.1's two": 0.2}
     assert rows[1]["N"] == 80 and rows[1]["H_adv"] == 12
 
 
