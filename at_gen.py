@@ -412,8 +412,8 @@ class Distance:
         return torch.cat([self.network.features(x) for x in slices])
 
     def between(self, z):
-        """The distance of images with features z [N, d]."""
-        return frechet_distance(*self.gaussian, *gaussian(z))
+        """The distance of images with features z [N, d]; nan where f has diverged."""
+        return frechet_distance(*self.gaussian, *gaussian(z)) if z.isfinite().all() else math.nan
 
     def __call__(self, slices):
         return self.between(self.features(slices))

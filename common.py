@@ -55,10 +55,8 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as T
+from torchvision.transforms import RandomResizedCrop, functional as T
 from torchvision.utils import make_grid
-
 import matplotlib.pyplot as plt
 signal.signal(signal.SIGINT, _ON_CTRL_C)
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32; what may be rounded asks for bfloat16
@@ -135,7 +133,7 @@ def parse_args(doc, table, experiments, argv=None):
         if (chosen.dataset, "cpu") in table and not _device(chosen.device).startswith("cuda"):
             chosen.budget = "cpu"
             print(f"no GPU: --budget cpu, the last classes of {chosen.dataset} alone, in about an hour")
-    p.set_defaults(budget=chosen.budget)
+    p.set_defaults(budget=chosen.budget, argv=argv)
     if (chosen.dataset, chosen.budget) not in table:
         known = [budget for dataset, budget in table if dataset == chosen.dataset]
         raise UserError(f"unknown --budget '{chosen.budget}' for {chosen.dataset}; known: {', '.join(known)}")
@@ -155,7 +153,6 @@ def parse_args(doc, table, experiments, argv=None):
         p.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type], **flag,
                        default=default, help=f"{field.metadata['help']} ({default})".replace("%", "%%"))
     args = p.parse_args(argv)
-    args.argv = argv
     args.settings = type(defaults)(*[getattr(args, field.name) for field in dataclasses.fields(defaults)])
     if args.list:
         _print_list(experiments, args.dataset)
@@ -277,9 +274,20 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot make {folder} ({error.strerror})") from None
+        try:  # one process at a time; the lock goes with it, however it ends
+            import fcntl
+            self.lock = open(args.out / f".{self.folder.name}.lock", "w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another run is at work there; wait, or another --out") from None
+        except (ImportError, OSError):  # Windows; a file system without locks
+            pass
         for file in self.folder.iterdir() if args.fresh else ():
             if file.suffix in (".pt", ".csv", ".json", ".png", ".gif", ".tmp"):
-                file.unlink()
+                try:
+                    file.unlink()
+                except OSError as error:
+                    raise UserError(f"--fresh: {file} cannot be removed ({error.strerror})") from None
         self.about = {"command": shlex.join(["python", f"{script}.py", *args.argv]), "dataset": args.dataset,
                       "budget": args.budget, "seed": args.seed, "hardware": _hardware(self.device),
                       "torch": torch.__version__, "commit": _commit(), **about}
@@ -287,6 +295,7 @@ class Run:
     def experiments(self, registry, **have):
         """Run the chosen experiments. Each gets what its arguments name, of `have`; once() are made then."""
         have = {"run": self, "s": self.args.settings, **have}
+        results = _read_json(self.folder / "results.json")
         for name in self.args.only:
             print(f"\n{name}: {registry[name].shows}", flush=True)
             start = time.time()
@@ -296,7 +305,6 @@ class Run:
                 given[argument] = have[argument]() if isinstance(have[argument], once) else have[argument]
             torch.manual_seed(self.seed)
             rows = registry[name].function(**given)
-            results = _read_json(self.folder / "results.json")
             results[name] = {"rows": rows, "seconds": round(time.time() - start, 1), **self.about}
             _write_json(self.folder / "results.json", results)
             _write_json(self.folder / "config.json", {
@@ -466,11 +474,10 @@ class Training:
     def _write_log(self):
         """log-NAME.csv from the rows: after a resume it holds what the checkpoint knows, no more."""
         names = dict.fromkeys(itertools.chain(*self.rows))
-        with whole_file(self.folder / f"log-{self.name}.csv") as scratch:
-            with open(scratch, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=names or ["it"])
-                writer.writeheader()
-                writer.writerows(self.rows)
+        with whole_file(self.folder / f"log-{self.name}.csv") as scratch, open(scratch, "w", newline="") as f:
+            writer = csv.DictWriter(f, fieldnames=names or ["it"])
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def _save(self):
         """The checkpoint NAME.pt: state, what it was made from, the generators; atomic."""
@@ -528,7 +535,6 @@ class frozen_copy(nn.Module):
         if fast and weight is not None and bfloat16_units(weight.device):
             self.dtype = torch.bfloat16
             self.net = self.net.to(torch.bfloat16, memory_format=torch.channels_last)
-
     def forward(self, x):
         return self.net(x.to(self.dtype)).float()
 
@@ -575,8 +581,7 @@ def _replay(step, x, n, arguments):
         if isinstance(thing, torch.Tensor):
             batched = thing.dim() > 0 and len(thing) == rows
             thing = (thing.shape[1:] if batched else thing.shape, thing.dtype, batched)
-        key.append(thing)
-        key.append(getattr(thing, "training", None))
+        key += [thing, getattr(thing, "training", None)]
     key = tuple(key)
     if key not in _RECORDED:
         if len(_RECORDED) >= 24:
@@ -616,13 +621,11 @@ class _Recording:
             after = step(given, *self.arguments)
             for mine, new in zip(self.state, (after,) if single else after):
                 mine.copy_(new)
-
     def fill(self, state, arguments):
         """Copy what the next replays start from, and their arguments, into the buffers."""
         for mine, new in zip((*self.state, *self.arguments), (*state, *arguments)):
             if isinstance(new, torch.Tensor):
                 (mine[:len(new)] if new.dim() else mine).copy_(new)
-
     def run(self, state, arguments, n):
         self.fill(state, arguments)
         for _ in range(n):
@@ -1210,7 +1213,6 @@ class Pretrained(Pooled):
         setattr(self.net.get_submodule(parent), child, nn.Identity())
         self.head = last if outputs == 1000 else nn.Linear(last.in_features, outputs)
         normalising(self, *IMAGENET)
-
     def resized(self, x):
         x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True)
         return self.net((x - self.mean) / self.std)
@@ -1238,7 +1240,6 @@ def read_weights(net, file, what):
 class InceptionFeatures(nn.Module):
     """torchvision's Inception-V3, for FID (not the literature's TensorFlow weights): features [B, 2048]."""
     FILE = "inception_v3_google-0cc3c7bd.pth"
-
     def __init__(self, file=None):
         super().__init__()
         self.net = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False)
@@ -1427,7 +1428,8 @@ def whole_file(file):
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         raise UserError(f"{file}: cannot be written ({_first_line(error)})") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 def _read_json(file):
     """A JSON file as a dict; {} where there is none."""
@@ -1489,9 +1491,8 @@ def _hardware(device):
 
 def _commit():
     """The commit that this code is, with a + where files were changed since; "" outside a checkout."""
-    here = Path(__file__).resolve().parent
     try:
-        git = ["git", "-C", here]
+        git = ["git", "-C", RESULTS.parent]
         name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":(glob)*.py"], capture_output=True)
     except OSError:

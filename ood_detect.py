@@ -385,7 +385,8 @@ class ResBlockD(nn.Module):
 def at_gen_model(args):
     """f of at_gen.py's run on this data set, frozen, and the side of its pictures; trained if need be."""
     folder = args.out / f"at_gen-{args.dataset}"
-    state = common.read_checkpoint(folder / "f.pt") if (folder / "f.pt").exists() else {}
+    whole = (folder / "f.pt").exists() and (folder / "config.json").exists()  # else its run was cut short
+    state = common.read_checkpoint(folder / "f.pt") if whole else {}
     if not state.get("finished") or (state["smoke"] and args.budget != "smoke"):
         command = [sys.executable, str(Path(__file__).with_name("at_gen.py")), "--only", "figure2.7"]
         for flag in "dataset budget out data-dir seed device".split():
