@@ -99,7 +99,7 @@ SETTINGS = common.settings(
     sample_steps=(30, 30, 32, 20, 32, 20, 14, 17, "PGD steps from an image of p0 to a sample"),
     sample_step=(1.0, 1.0, 0.2, 2.0, 0.2, 8.0, 8.0, 8.0, "length of each (l_2)"),
     images=(2000, 2000, 5000, 200, 50_000, 50_000, 50_000, 50_000, "samples in an evaluation"),
-    reference=(10_000, 10_000, 10_000, 1000, 50_000, 30_000, 30_000, 126_227,
+    reference=(8000, 10_000, 10_000, 1000, 50_000, 30_000, 30_000, 126_227,
                "training images (at most) that a Frechet distance compares with"),
     cls_width=(1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, "width of the classifier behind FD-cls"),
     cls_iters=(300, 600, 2000, 1, 8000, 1, 1, 1, "its updates, batch 128; unused where there are no labels"),
@@ -553,7 +553,7 @@ def figure_2_9(run, s, distance, f, seeds):
 def figure_2_11(run, s, f, seeds, foreign):
     """Images of p0 and of another domain on their way into the data's, and beyond, by number of steps."""
     rows = []
-    for title, start in {"p0": seeds, s.foreign: foreign}.items():
+    for title, start in {s.p0: seeds, s.foreign: foreign}.items():
         pictures = {}
         for steps in (0, *common.multiples(s.sample_steps, (0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4))):
             x = pgd_attack(f, start.first(10), steps, s.sample_step)
