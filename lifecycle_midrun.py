@@ -32,7 +32,7 @@ Commands (two cores; more numbers in results/):
     python lifecycle_midrun.py                    6 min: robust accuracy .02 without, .93 with the defence
     python lifecycle_midrun.py --only table4.2    4 min more: the same energy before a segmentation network
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
-    python lifecycle_midrun.py --dataset cifar10  CIFMIN min on a CPU (four of ten classes): .00, CIFROB
+    python lifecycle_midrun.py --dataset cifar10  within an hour on a CPU (four of ten classes): .00, .53
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which k_train steps
 moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in steps.
 Differs: fresh states are data, as the published code also allows for CIFAR-10 (Tab. 3.1: images of a GAN).
