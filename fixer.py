@@ -262,10 +262,10 @@ def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None,
         val = mean_loss(run, s, loss, G, z_held, held)
         training.log(train=train, val=val)
         losses.append([train, val])
-        lowest = 1 + losses.index(min(losses, key=lambda pair: pair[1]))  # its epoch
-        if epoch == lowest or not early:
+        lowest = min(losses, key=lambda pair: pair[1])
+        if losses[-1] == lowest or not early:
             best.load_state_dict(G.state_dict())
-        if early and epoch - lowest >= s.patience:
+        if early and epoch - 1 - losses.index(lowest) >= s.patience:
             training.stop()
     best.losses = losses
     return best
