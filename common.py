@@ -488,8 +488,8 @@ class Training:
             state["rng"]["cuda"] = torch.cuda.get_rng_state(self.run.device)
         for key, part in self.parts.items():
             state[key] = part if isinstance(part, (torch.Tensor, list)) else part.state_dict()
-        with whole_file(self.file) as scratch:
-            torch.save(state, scratch)
+        with whole_file(self.file) as scratch, open(scratch, "wb") as file:  # by Python: it sees a full disk
+            torch.save(state, file)
 
 def seeded(function):
     """Decorator: random numbers of function(run, ...) depend on --seed alone; others' stay as they were."""

@@ -680,8 +680,8 @@ def test_unreadable_and_foreign_checkpoints_are_one_line(tmp_path):
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     list(Training(run_in(tmp_path), "a", {}, n=torch.ones(1)).updates(1))
 
-    def torn(state, where):
-        Path(where).write_bytes(b"half")
+    def torn(state, file):
+        file.write(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", torn)
     whole = (tmp_path / "a.pt").read_bytes()

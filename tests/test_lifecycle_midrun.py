@@ -43,7 +43,7 @@ def numbers(rows):
     found = {}
     for row in rows:
         beside = [(key, row[key]) for key in sorted(row) if key not in ("quantity", "value", "interval", "n")]
-        found[row["quantity"], *beside] = row["value"]
+        found[(row["quantity"], *beside)] = row["value"]
     assert len(found) == len(rows)
     return found
 
