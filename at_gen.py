@@ -28,7 +28,7 @@ and fills a hole (nothing is trained for that), and it carries images of other d
 
 Commands (two cores; all numbers: results/at_gen.md):
     python at_gen.py                      7 min: FD-cls of samples 25, of p0 135, of held-out data 1.6
-    python at_gen.py --dataset mnist      17 min of one core: 13, 57 and 1.5
+    python at_gen.py --dataset mnist      17 min of one core: 13, 57 and 1.5 (older code)
     python at_gen.py --only figure2.12    24 min of one slow core: digits to letters, by a second model
     python at_gen.py --input photos --task denoise --output clean    the trained model, your own pictures
     python at_gen.py --dataset cifar10    a GPU; --budget paper: Tab. 2.3, 2.4 (FID of the source 13.2)
@@ -111,7 +111,7 @@ SETTINGS = common.settings(
              "celebahq", "another domain: its images are carried into the data's, and the data's into it"),
     gif=(False, "also write figure 2.11 as a film"),
     input=("", "apply the trained model to the pictures in this folder, instead of experiments"),
-    task=("generate", "generate (or translate), denoise, inpaint (cuts a hole in the middle and fills it)"),
+    task=("generate", "generate, translate (the same), denoise, inpaint (cuts a hole in the middle)"),
     output=("", "a new folder for the results of --input"),
 )
 PIXELS = 2**20  # largest batch x side^2 of a slice
@@ -621,6 +621,7 @@ EXPERIMENTS = common.experiments(
 
 TASKS = {  # what --task does to a picture: so many steps, of this length
     "generate": ("sample_steps", "sample_step"),
+    "translate": ("sample_steps", "sample_step"),
     "denoise": ("denoise_steps", "restore_step"),
     "inpaint": ("inpaint_steps", "restore_step"),
 }

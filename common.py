@@ -79,7 +79,8 @@ def settings(columns, smoke, **rows):
     """
     kinds, fields = {}, []
     for name, (*values, text) in rows.items():
-        assert len(values) in (1, len(columns)), name
+        if len(values) not in (1, len(columns)):
+            raise ValueError(f"setting {name} has {len(values)} values for {len(columns)} columns")
         kinds[name] = float if any(isinstance(v, float) for v in values) else type(values[0])
         fields.append((name, kinds[name], dataclasses.field(metadata={"help": text})))
     Settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
@@ -473,9 +474,8 @@ class Training:
 
     def _write_log(self):
         """log-NAME.csv from the rows: after a resume it holds what the checkpoint knows, no more."""
-        names = dict.fromkeys(itertools.chain(*self.rows))
         with whole_file(self.folder / f"log-{self.name}.csv") as scratch, open(scratch, "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=names or ["it"])
+            writer = csv.DictWriter(f, fieldnames=dict.fromkeys(itertools.chain(*self.rows)) or ["it"])
             writer.writeheader()
             writer.writerows(self.rows)
 

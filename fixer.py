@@ -617,7 +617,7 @@ def main(argv=None):
     if folders and (vgg_file is None or classes != 1000):
         raise UserError("imagenet wants vgg16-397923af.pth in --data-dir, and images in 1000 folders")
     build_f = partial(common.make_net, s.f_net, classes, data.shape, s.f_width)
-    build_f()  # a bad width fails here, not later
+    build_f()  # a bad width fails here, not after an hour
     unseen = "pretrained50" if folders else "resnet18"
     build_other = partial(common.make_net, unseen, classes, data.shape, 0.25)
     V, energy = midrun_energy(args, data.shape)

@@ -1021,7 +1021,7 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("task, hole", [("generate", 0.8), ("denoise", 0.8), ("inpaint", 0.5)])
+@pytest.mark.parametrize("task, hole", [("generate", 0.8), ("translate", 0.8), ("denoise", 0.8), ("inpaint", 0.5)])
 def test_a_users_pictures_are_read_right_and_go_through_the_task(tmp_path, monkeypatch, outcome, photos, task, hole):
     from PIL import Image
     calls = []
@@ -1036,7 +1036,7 @@ def test_a_users_pictures_are_read_right_and_go_through_the_task(tmp_path, monke
     out = tmp_path / "new" / "folder"
     assert outcome(at_gen, "--budget", "smoke", "--out", tmp_path / "runs", "--input", photos, "--task", task, "--output", out,
                    "--sample-steps", 7, "--denoise-steps", 5, "--inpaint-steps", 3, "--restore-step", 0.5) == (0, "")
-    steps = {"generate": (1, 7, 1.0), "denoise": (1, 5, 0.5), "inpaint": (1, 3, 0.5)}[task]
+    steps = {"generate": (1, 7, 1.0), "translate": (1, 7, 1.0), "denoise": (1, 5, 0.5), "inpaint": (1, 3, 0.5)}[task]
     assert calls == [steps] * 2
     names = sorted(file.name for file in out.iterdir())
     assert names == ["0000-lying.png", "0001-transparent.png"]

@@ -625,7 +625,7 @@ def test_paths_with_a_space_and_other_letters(commands, unbroken, tmp_path, writ
         file = data / "celeba" / "\u00e9 \u6f22" / f"\u0131 {i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (4 * i, i, 90)).save(file)
-    assert commands("hat_ebm", *where, "--dataset", "celeba", "--side", 32, "--only", "figure6.9")[0] == 0
+    assert commands("hat_ebm", *where, "--dataset", "celeba", "--side", 32, "--only", "figure6.9") == (0, "")
 
 
 if __name__ == "__main__":
