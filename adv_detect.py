@@ -30,6 +30,7 @@ The log: half of (3.23), .693 at first; mean logits z_pos of clean, z_neg of att
 Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide
 ResNet, WRN-34-10 (source: a variant of it), best weights chosen on validation images (author's code: test
 images). Eq. 3.34: maximum over y and K + 1, as in the author's code; table 3.6: its c, on MNIST older steps.
+Of an attack every image on its way is judged, and the worst counts (source: the last one).
 """
 import copy
 import math
@@ -172,12 +173,24 @@ def attack_step(state, loss, x0, a, *about):
         move = direction(gradient, a.norm)
     return project(x - a.step * move, x0, a), m, v, t
 
-def minimise(loss, x0, a, start, *about):
-    """PGD: a.steps from `start` to images near x0 [..., C, S, S] whose loss(x, *about) [...] is low."""
+def begin(x0, start):
+    """The state of attack_step() at `start`."""
     if not 0 <= x0.min() <= x0.max() <= 1:
         raise ValueError("an attack wants images in [0, 1]")
-    t = torch.zeros((), dtype=torch.float64, device=x0.device)
-    return repeat(attack_step, (start, 0 * x0, 0 * x0, t), a.steps, loss, x0, a, *about)[0]
+    return start, 0 * x0, 0 * x0, torch.zeros((), dtype=torch.float64, device=x0.device)
+
+def minimise(loss, x0, a, start, *about):
+    """PGD: a.steps from `start` to images near x0 [..., C, S, S] whose loss(x, *about) [...] is low."""
+    return repeat(attack_step, begin(x0, start), a.steps, loss, x0, a, *about)[0]
+
+def judged(judge, loss, x0, a, start, *about):
+    """The same attack -> judge(x) [n, ...] of each image on its way, start included: [n, ..., steps + 1]."""
+    state = begin(x0, start)
+    seen = [judge(project(start, x0, a))]
+    for _ in range(a.steps):
+        state = repeat(attack_step, state, 1, loss, x0, a, *about)
+        seen.append(judge(state[0]))
+    return torch.stack(seen, -1)
 
 def best_other(z, y):
     """Largest logit of a class other than y: [n, K], [n] -> [n]."""
@@ -213,14 +226,6 @@ def joint_loss(x, f, H, y):
     preferred = z_f - own_logit(z_f, y)[:, None]
     return -best_other(torch.minimum(preferred, H(x)), y)
 
-LOSSES = {
-    "classifier (3.30)": classifier_loss,
-    "detector (3.32)": detector_loss,
-    "combined (3.34)": combined_loss,
-    "combined (3.35)": switching_loss,
-    "joint": joint_loss,
-}
-
 def logit_loss(x, H):
     """Makes each detector sure of its own images x [K, n, C, S, S] -> [K, n]."""
     return -H(x)
@@ -235,6 +240,16 @@ def label_loss(x, net, y):
     with fast_precision(x.device):
         z = net(x).float()
     return -F.cross_entropy(z, y, reduction="none")
+
+LOSSES = {  # of figure 3.2
+    "classifier (3.30)": classifier_loss,
+    "detector (3.32)": detector_loss,
+    "combined (3.34)": combined_loss,
+    "combined (3.35)": switching_loss,
+    "joint": joint_loss,
+    "cross-entropy of H": lambda x, f, H, y: label_loss(x, H, y),  # this and the next: to the source weaker
+    "(3.30) on H": lambda x, f, H, y: classifier_loss(x, H, H, y),  # than (3.32)
+}
 
 def against(net, x, y, a):
     """Images x of labels y attacked by PGD from a random start, in net's eval mode."""
@@ -313,9 +328,7 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
         optimizer = torch.optim.Adam(H.parameters(), 5e-4, fused=True)
     made_from = {"H": H, "attacks": (a, check), "images": train, "validation": validation}
     made_from.update(common.pick(s, "updates batch val_images"))
-    training = Training(
-        run, name, made_from, H=H, optimizer=optimizer, best=best, best_auc=best_auc
-    )
+    training = Training(run, name, made_from, H=H, optimizer=optimizer, best=best, best_auc=best_auc)
     for it in training.updates(s.updates):
         x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)  # draw() takes seed + 100 k
         x_neg = draw(train, outside, s.batch, run.seed, it - 1)
@@ -330,7 +343,7 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
         training.log(loss=loss.mean(), z_pos=z_pos.mean(), z_neg=z_neg.mean())
         if it % max(s.updates // 5, 1) == 0:  # five times in all
             follow(model.fast, H)
-            scores = attacked_scores(run, model, validation, check, s.val_images)
+            scores = attacked_scores(run, model, validation, [check], s.val_images)
             keep_better(best, best_auc, H, scores)
     return model._replace(H=best, fast=frozen_copy(best))
 
@@ -353,15 +366,27 @@ def logits(net, x):
     """Float32 outputs for images [n, C, S, S], or of detectors for [K, n, C, S, S]."""
     return by_images(net, 250, x)
 
+def bootstrap_interval(statistic, *samples):
+    """95 % interval of statistic(*samples): each sample [n] is drawn anew from itself, with repeats."""
+    draws = torch.Generator().manual_seed(0)
+    samples = [sample.cpu() for sample in samples]
+    found = []
+    for _ in range(500):
+        again = [sample[torch.randint(len(sample), sample.shape, generator=draws)] for sample in samples]
+        found.append(statistic(*again))
+    return torch.tensor(found).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+
 @seeded
-def attacked_scores(run, model, images, a, n, method=minimise, loss=logit_loss, starts=0):
-    """Logits of clean images of each class [K, P], of n attacked others [K, n]: the largest over starts."""
+def attacked_scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
+    """Logits of clean images of each class [K, P], of n attacked others [K, n]: the largest on any way."""
     K = model.H.K
     def attacked(x0):
         tried = []
-        for _ in range(starts or 1):  # starts = 0: once, from the image itself
-            start = scattered(x0, a) if starts else x0
-            tried.append(logits(model.H, method(loss, x0, a, start, model.fast)))
+        for a in attacks:
+            for _ in range(starts or 1):  # starts = 0: once, from the image itself
+                start = scattered(x0, a) if starts else x0
+                z = judged(partial(logits, model.H), loss, x0, a, start, model.fast)
+                tried.append(z.amax(-1))
         return torch.stack(tried).amax(0)
     x_pos, _ = together(images, rows_of(images, True)[:K], len(images))  # as many as the rarest class has
     x_neg, _ = together(images, rows_of(images, False)[:K], n)
@@ -388,50 +413,19 @@ def smallest_perturbation(model, T, a, c_max, x0, y):
         c = (c + torch.where(broken, c_max, -c_max) / 2 ** (i + 1)).clamp(min=0)
     return torch.stack(sizes).amin(0)
 
-@torch.no_grad()
-def apgd(loss, x0, a, start, *about):
-    """Auto-PGD (Croce and Hein 2020) in place of minimise(): the best image; a.step is not used."""
-    x = best_x = start
-    step = last_step = torch.full_like(x0[..., :1, :1, :1], 2 * a.eps)
-    best = step + math.inf
-    before = step - math.inf
-    fell = 0  # how often the loss went down; .75, .22, .03, .06: constants of Auto-PGD
-    period = checkpoint = max(round(0.22 * a.steps), 1)
-    for t in range(a.steps):
-        now = loss(x, *about)[..., None, None, None]
-        fell = fell + (now < before)
-        best_x = torch.where(now < best, x, best_x)
-        best = torch.minimum(best, now)
-        before = now
-        if t == checkpoint:  # halve steps that no longer help, and go back to the best image
-            stuck = (fell <= 0.75 * period) | ((step == last_step) & (best >= last_best))
-            last_best = best
-            last_step = step
-            fell = 0
-            step = torch.where(stuck, step / 2, step)
-            x = torch.where(stuck, best_x, x)
-            period = max(period - round(0.03 * a.steps), round(0.06 * a.steps), 1)
-            checkpoint += period
-        gradient = input_gradient(lambda x: loss(x, *about), x)
-        z = project(x - step * direction(gradient, a.norm), x0, a)
-        if t == 0:  # no momentum yet
-            last_best, moved = best, z - x
-        z = project(x + 0.75 * (z - x) + 0.25 * moved, x0, a)  # momentum
-        x, moved = z, z - x
-    return best_x
-
 # --- tables and figures -------------------------------------------------------------------------------------
 
-def auc_rows(run, pairs, images, n, title, change=None, method=minimise, loss=logit_loss, **starts):
-    """Rows of AUCs under each model's attack, or change(it); the rest is for attacked_scores()."""
+def auc_rows(run, pairs, images, n, title, change=lambda a: [a], loss=logit_loss, **starts):
+    """Rows of AUCs under change(each model's attack), a list; the rest is for attacked_scores()."""
     rows = []
     for name, model in pairs.items():
-        a = change(model.check) if change else model.check
-        scores = attacked_scores(run, model, images, a, n, method, loss, **starts)
+        attacks = change(model.check)
+        scores = attacked_scores(run, model, images, attacks, n, loss, **starts)
+        a = attacks[0]
         for k, (clean, attacked) in enumerate(zip(*scores)):
-            row = value(
-                f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), n=len(attacked)
-            )
+            interval = bootstrap_interval(auroc, clean, attacked)
+            row = value(f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), interval=interval)
+            row.update(clean=len(clean), n=len(attacked))
             rows.append({**row, "steps": a.steps, "step": a.step, **starts})
     return rows
 
@@ -446,8 +440,8 @@ def table_3_1(models, setups):
 
 def short_and_long(run, s, pairs, test, adam):
     """AUCs under each model's attack, and under ten times as many steps of half the size."""
-    rows = auc_rows(run, pairs, test, s.images, "PGD", lambda a: a._replace(adam=adam))
-    more = lambda a: a._replace(adam=adam, steps=10 * a.steps, step=a.step / 2)
+    rows = auc_rows(run, pairs, test, s.images, "PGD", lambda a: [a._replace(adam=adam)])
+    more = lambda a: [a._replace(adam=adam, steps=10 * a.steps, step=a.step / 2)]
     return rows + auc_rows(run, pairs, test, s.few, "more and smaller steps", more)
 
 def table_3_2(run, s, pairs, test):
@@ -462,7 +456,7 @@ def table_3_4(run, s, pairs, test, setups):
     """Every model under every model's attack. CIFAR-10: Tab. 3.9."""
     rows = []
     for other, (_, a) in setups.items():
-        rows += auc_rows(run, pairs, test, s.images, f"attack {other}", lambda _: a)
+        rows += auc_rows(run, pairs, test, s.images, f"attack {other}", lambda _: [a])
     return rows
 
 def table_3_5(run, s, pairs, test):
@@ -471,24 +465,25 @@ def table_3_5(run, s, pairs, test):
     return rows + auc_rows(run, pairs, test, s.few, "random starts", starts=s.restarts)
 
 def table_3_6(run, s, models, test, source):
-    """Mean smallest l_2 perturbation that is misread and accepted (TPR .95). CIFAR-10: Tab. 3.11."""
+    """Smallest l_2 perturbations that are misread and accepted (TPR .95). CIFAR-10: Tab. 3.11.
+
+    Each image is pushed towards each class. "one target": all these ways count, as the source picks one for
+    each image. "shortest": an attacker would take the best class.
+    """
     rows = []
     c_max = 65025.0 if test.shape[0] == 3 else 8.0  # the author's code: 1 for pixels from 0 to 255 (255^2); 8
     for name, model in models.items():
         K = model.H.K
-        targets = []
-        for k, part in enumerate(torch.arange(len(test)).tensor_split(K)):  # no image twice
-            targets.append(part[test.y[part].cpu() != k])
-        x, y = together(test, targets, max(s.few // K, 1))
+        x, y = together(test, [torch.arange(len(test))] * K, max(s.few // K, 1))
         z_clean = logits(model.H, test.take(slice(None))).amax(1)
-        search = partial(
-            smallest_perturbation, model, threshold(z_clean, 0.95), source["table3.6"], c_max
-        )
+        T = threshold(z_clean, 0.95)
+        search = partial(smallest_perturbation, model, T, source["table3.6"], c_max)
         size = by_images(search, run.chunk // K + 1, x, y)
-        broken = size.isfinite()
-        mean = size[broken].mean().item()
-        rows.append(value(f"mean l_2 of the smallest perturbation, {name}", mean))
-        rows.append(rate(f"FPR, {name}", broken))
+        other = y != torch.arange(K, device=y.device)[:, None]  # not towards its own class
+        for title, found in (("one target", size[other]), ("shortest", size.amin(0))):
+            mean = found[found.isfinite()].mean().item()
+            rows.append(value(f"mean l_2 of the smallest perturbation, {name}, {title}", mean))
+            rows.append(rate(f"FPR, {name}, {title}", found.isfinite()))
     return rows
 
 SWEEPS = (  # Tab. 3.7, Tab. 3.8: norm, steps, the length of a step as a share of eps
@@ -507,30 +502,51 @@ def table_3_7(run, s, pairs, test):
     for norm, title, steps, share in SWEEPS:
         alike = {name: model for name, model in pairs.items() if model.check.norm == norm}
         steps = 2 if run.smoke else steps
-        change = lambda a: Steps(norm, a.eps, steps, share * a.eps, False)
+        change = lambda a: [Steps(norm, a.eps, steps, share * a.eps, False)]
         rows += auc_rows(run, alike, test, s.images, title, change)
     return rows
 
+def fpr_row(title, z_clean, z, tpr):
+    """FPR (3.29) of logits of attacked images, -inf of those rightly read. Its interval has T's sampling."""
+    share = lambda z_clean, z: (z >= threshold(z_clean, tpr)).float().mean()
+    row = rate(f"FPR, {title}", z >= threshold(z_clean, tpr), tpr=tpr)
+    low, high = zip(row["interval"], bootstrap_interval(share, z_clean, z))
+    return {**row, "interval": [min(low), max(high)]}
+
 def figure_3_2(run, s, f, models, test, source):
-    """FPR against TPR of the first model, by f and without, under every attack. CIFAR-10: Fig. 3.4."""
+    """FPR against TPR of the first model, by f and without, under every attack. CIFAR-10: Fig. 3.4.
+
+    An attack counts where it stands best for either way of detection; "all of these": image by image.
+    """
     model = next(iter(models.values()))
     fast = frozen_copy(f)
     a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
     x = test.take(slice(0, s.images))
     y = test.y[: s.images]
-    attacked = {}
+    ways = {"integrated": f, "generative": model.H}
+    traces = {}
     for title, loss in LOSSES.items():
-        attack = lambda x, y: minimise(loss, x, a, x, fast, model.fast, y)
-        attacked[title] = by_images(attack, run.chunk // model.H.K + 1, x, y)
-    rows = []
-    for way, net in (("integrated", f), ("generative", model.H)):
+        def attack(x, y):
+            def judge(x):  # the deciding logit, -inf if rightly read
+                both = [detect(net, model.H, x, y) for net in ways.values()]
+                return torch.stack([z.where(misread, -math.inf) for z, misread in both], 1)
+            return judged(judge, loss, x, a, x, fast, model.fast, y)
+        traces[title] = by_images(attack, run.chunk // model.H.K + 1, x, y)
+    rows, drawn = [], []
+    for i, (way, net) in enumerate(ways.items()):
         z_clean, misread = detect(net, model.H, test.take(slice(None)), test.y)
         rows.append(rate(f"natural acc, {way}", ~misread))
-        for title, images in attacked.items():
-            z, misread = detect(net, model.H, images, y)
+        best = {title: trace[:, i].amax(-1) for title, trace in traces.items()}
+        best["all of these"] = torch.stack(list(best.values())).amax(0)
+        for title, z in best.items():
+            right = torch.cat([z_clean[: len(z)] > 0, z[z.isfinite()] <= 0])  # z = 0: d = .5
+            rows.append(rate(f"accuracy (3.19), {way}, {title}", right))
             for tpr in (0.9, 0.95, 0.98, 0.99, 1.0):
-                T = threshold(z_clean, tpr)
-                rows.append(rate(f"FPR, {way}, {title}", misread & (z >= T), tpr=tpr))
+                rows.append(fpr_row(f"{way}, {title}", z_clean, z, tpr))
+    for title, trace in traces.items():
+        fooled = trace[:, 0, trace.shape[-1] // 2 :].isfinite()
+        turns = (fooled[:, 1:] != fooled[:, :-1]).float().mean().item()
+        rows.append(value(f"share of later steps that turn f's reading, {title}", turns))
     run.lines("figure3.2", rows, "tpr")
     return rows
 
@@ -561,26 +577,21 @@ def figure_3_6(run, f, robust, models, train, source):
         cov = torch.cov(x.T) + 1e-4 * torch.eye(x.shape[1], device=x.device)
         gaussian = torch.distributions.MultivariateNormal(x.mean(0), cov)
         starts.append(gaussian.sample((20,)).float().clamp(0, 1).unflatten(1, train.shape))
-    return towards(
-        run, "figure3.6", f, robust, models, torch.stack(starts), source["figure3.6"]
-    )
+    return towards(run, "figure3.6", f, robust, models, torch.stack(starts), source["figure3.6"])
 
 def untuned(run, s, f, pairs, test):
-    """Attacks not used in development: through float32, Auto-PGD, transfer from f."""
+    """Attacks not used in development: Adam and plain steps of two lengths, in float32; transfer from f."""
     exact, undefended = {}, {}
     for name, model in pairs.items():
         exact[name] = model._replace(fast=frozen_copy(model.H, fast=False))
         undefended[name] = model._replace(fast=f)
-    rows = auc_rows(run, exact, test, s.images, "PGD, float32")
-    rows += auc_rows(run, exact, test, s.images, "APGD", method=apgd)
-    return rows + auc_rows(
-        run, undefended, test, s.images, "transfer from f", loss=softmax_loss
-    )
+    three = lambda a: [a, a._replace(adam=False), a._replace(adam=False, step=a.eps / 16)]
+    rows = auc_rows(run, exact, test, s.images, "worst of Adam and plain steps", three)
+    return rows + auc_rows(run, undefended, test, s.images, "transfer from f", loss=softmax_loss)
 
 EXPERIMENTS = common.experiments(
     headline=[table_3_1, table_3_2, figure_3_2],
-    others=[table_3_3, table_3_4, table_3_5, table_3_6, table_3_7,
-            figure_3_3, figure_3_6, untuned],
+    others=[table_3_3, table_3_4, table_3_5, table_3_6, table_3_7, figure_3_3, figure_3_6, untuned],
 )
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -610,9 +621,7 @@ def main(argv=None):
         setups[name] = a.within(s.train_steps), a.within(s.check_steps)
     source = {name: a.within(2 * run.smoke) for name, a in OTHERS[colours].items()}
     a = OTHERS[colours]["robust"].within(s.train_steps // 2)
-    train_f = partial(
-        common.train_classifier, run, build=partial(build, K), data=train, batch=32
-    )
+    train_f = partial(common.train_classifier, run, build=partial(build, K), data=train, batch=32)
     if colours == 3:
         train_f = partial(train_f, batch=128, sgd=0.1, augment="crop_flip")
     train_robust = partial(train_f, adversary=partial(against, a=a), made_from={"attack": a})
@@ -623,23 +632,15 @@ def main(argv=None):
         start = f() if colours == 3 else None
         trained = {}
         for name in args.models:
-            trained[name] = train_detectors(
-                run, s, name, *setups[name], build, start, train, validation
-            )
+            parts = build, start, train, validation
+            trained[name] = train_detectors(run, s, name, *setups[name], *parts)
         return trained
     @once
     def pairs():
         return {name: first_two(model) for name, model in models().items()}
     run.experiments(
-        EXPERIMENTS,
-        f=f,
-        robust=robust,
-        models=models,
-        pairs=pairs,
-        train=train,
-        test=test,
-        setups=setups,
-        source=source,
+        EXPERIMENTS, f=f, robust=robust, models=models, pairs=pairs, train=train, test=test,
+        setups=setups, source=source,
     )
 
 if __name__ == "__main__":

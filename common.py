@@ -239,7 +239,9 @@ def shown_row(row):
     """A row of results as (quantity, settings beside it, number with its interval)."""
     settings = [key for key in row if key not in ("quantity", "value", "interval", "source")]
     beside = ", ".join(f"{key} {shown(row[key])}" for key in settings)
-    interval = " [{:.2f}, {:.2f}]".format(*row["interval"]) if "interval" in row else ""
+    low, high = row.get("interval", (0, 0))
+    digits = 2 if high - low > 0.03 else 3
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if "interval" in row else ""
     return row["quantity"], beside, shown(row["value"]) + interval
 
 def picture_grid(axis, x, columns, title):
@@ -681,10 +683,9 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
     split: train or test. channels, side: what the script asks for; grey is repeated, colour averaged.
     """
     data_dir = Path(data_dir)
-    if name not in (*IN_MEMORY, *FOLDERS):
-        raise UserError(f"unknown data set '{name}'; known: {', '.join([*IN_MEMORY, *FOLDERS])}")
-    if split not in ("train", "test"):
-        raise UserError(f"unknown split '{split}'; known: train, test")
+    for word, known in ((name, (*IN_MEMORY, *FOLDERS)), (split, ("train", "test"))):
+        if word not in known:
+            raise UserError(f"unknown data set or split '{word}'; known: {', '.join(known)}")
     if name in FOLDERS:
         return Pictures(*_picture_files(data_dir / name, split), side or 256, name)
     own_channels, own_side, classes = IN_MEMORY[name]
@@ -716,10 +717,9 @@ def load_on_device(args, name, split, channels=None, side=None):
 
 def train_and_test(args, batch, images, side=None):
     """Both splits of args.dataset, on the device, from the setting first_class on; UserError for too few."""
-    data = load_on_device(args, args.dataset, "train", None, side)
-    test = load_on_device(args, args.dataset, "test", None, side)
     first = getattr(args.settings, "first_class", 0)
-    data, test = [images.from_class(first) if first else images for images in (data, test)]
+    parts = [load_on_device(args, args.dataset, split, None, side) for split in ("train", "test")]
+    data, test = [images.from_class(first) if first else images for images in parts]
     if images > len(test) or batch > len(data):
         raise UserError(f"--images, --batch: {args.dataset} has {len(test)} to test, {len(data)} to train")
     return data, test
@@ -1047,8 +1047,7 @@ def _download(name, split, data_dir):
 
 def _first_line(error):
     """An exception in few words."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:80]}" if text else type(error).__name__
+    return ": ".join([type(error).__name__, *(line[:80] for line in str(error).strip().splitlines()[:1])])
 
 # === networks ===============================================================================================
 IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean and deviation of its pixels, by channel

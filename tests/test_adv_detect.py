@@ -136,7 +136,12 @@ def test_losses_by_hand():
     assert by_hand(ad.switching_loss).tolist() == pytest.approx([1.5, 2.0, -4.0])
     # joint: min of margins over y (-1.5, -3; -.1, 2.8; 1, 1.5) and of z_H (-4, -3; -7, -2; 4, 3), the larger of two
     assert by_hand(ad.joint_loss).tolist() == pytest.approx([3.0, 2.0, -1.5])
-    assert list(ad.LOSSES.values()) == [ad.classifier_loss, ad.detector_loss, ad.combined_loss, ad.switching_loss, ad.joint_loss]
+    *ours, entropy, margin = ad.LOSSES.values()
+    assert ours == [ad.classifier_loss, ad.detector_loss, ad.combined_loss, ad.switching_loss, ad.joint_loss]
+    assert by_hand(margin).tolist() == pytest.approx([8.0, 8.0, -3.5])
+    x = torch.zeros(3, 1, 1, 1)
+    own = entropy(x, None, lambda x: Z_H, Y)
+    assert torch.allclose(own, Z_H.log_softmax(1)[[0, 1, 2], Y])                # low: far from the label
 
 
 def test_gradients_of_combined_losses():
@@ -186,13 +191,12 @@ def test_adam_is_adam_and_fresh_in_every_call(exact):
 
 
 @pytest.mark.parametrize("norm", ["inf", "2"])
-@pytest.mark.parametrize("attack", ["adam", "plain", "apgd"])
+@pytest.mark.parametrize("attack", ["adam", "plain"])
 def test_attacks_climb_inside_the_ball_and_the_box(norm, attack):
     H, x0 = Detectors(small_nets(2)), torch.rand(2, 3, 1, 28, 28)
     x0[0, 0] = 0.5
     eps, step = {"inf": (0.1, 0.03), "2": (1.5, 0.4)}[norm]
-    method = ad.apgd if attack == "apgd" else minimise
-    x = method(logit_loss, x0, Steps(norm, eps, 6, step, attack == "adam"), x0, H)
+    x = minimise(logit_loss, x0, Steps(norm, eps, 6, step, attack == "adam"), x0, H)
     size = (x - x0).abs().amax((2, 3, 4)) if norm == "inf" else (x - x0).flatten(2).norm(dim=2)
     assert x.min() >= 0 and x.max() <= 1 and size.max() <= eps * 1.0001 and size.min() > eps / 2
     assert (H(x) > H(x0)).all() and all(p.grad is None for p in H.parameters())
@@ -251,91 +255,34 @@ def test_torchattacks_finds_the_same(exact):
         return -net(x)[:, 0]
     theirs = torchattacks.PGD(both, eps=0.1, alpha=0.03, steps=8, random_start=False)(x, y)
     assert (minimise(down, x, Steps("inf", 0.1, 8, 0.03, False), x, net) - theirs).abs().max() < 1e-4
-    for norm, eps in (("inf", 0.1), ("2", 1.5)):
+    for norm, eps, step in (("inf", 0.1, 0.01), ("2", 1.5, 0.1)):                # what no part of training has seen: Auto-PGD
         attack = torchattacks.APGD(both, norm="L" + norm, eps=eps, steps=30, n_restarts=1, loss="ce", seed=0)
-        ours = ad.apgd(down, x, Steps(norm, eps, 30, 0), x, net)
         with torch.no_grad():
-            start, found, reached = (net(z)[:, 0] for z in (x, ours, attack(x, y)))
+            start, reached = (net(z)[:, 0] for z in (x, attack(x, y)))
+        found = ad.judged(lambda z: net(z)[:, 0], down, x, Steps(norm, eps, 60, step, False), x, net).amax(-1).detach()
         tried = reached > start                                                 # (theirs stops where y is lost)
         assert tried.sum() >= 4 and (found - start)[tried].mean() > 0.95 * (reached - start)[tried].mean()
 
 
-def test_apgd_finds_the_optimum_that_fixed_steps_miss(exact):
-    x0, target = torch.full((1, 2, 1, 3, 3), 0.5), torch.rand(1, 2, 1, 3, 3) * 0.3 + 0.4
-    seen = []
+@pytest.mark.parametrize("adam", [True, False])
+def test_every_image_on_the_way_is_judged(exact, adam):
+    """The first is the start, cut into ball and box; the others are minimise()'s after 1, 2, ... steps."""
+    x0, target = torch.rand(2, 3, 1, 4, 4), torch.rand(1, 4, 4)
+    start = x0 + 0.5
 
     def loss(x, target):
-        seen.append((x - target).square().sum((-3, -2, -1)))
-        return seen[-1]
-    x = ad.apgd(loss, x0, Steps("inf", 0.2, 60, 0), x0, target)
-    least = torch.stack(seen).detach().amin(0)
-    assert torch.allclose((x - target).square().sum((-3, -2, -1)), least) and least.max() < 1e-3   # it halves its steps
-    fixed = minimise(loss, x0, Steps("inf", 0.2, 60, 0.1, False), x0, target)
-    assert ((fixed - target).square().sum((-3, -2, -1)) > 10 * least).all()
-    x = ad.apgd(lambda x: x.sum((-3, -2, -1)), x0, Steps("inf", 0.2, 5, 0), x0)
-    assert torch.allclose(x, x0 - 0.2)
+        return (x - target).square().sum((-3, -2, -1))
 
-
-def test_apgd_treats_each_image_alone(exact):
-    """Halving of steps, and the way back to the best image, where images get stuck at different times."""
-    x0 = torch.full((1, 3, 1, 3, 3), 0.5)
-    target = 0.5 + torch.tensor([0.01, 0.1, 0.19]).view(1, 3, 1, 1, 1) * torch.rand(1, 3, 1, 3, 3)
-
-    def loss(x, target):
-        return ((x - target).abs() ** 1.5).sum((-3, -2, -1))
-    together = ad.apgd(loss, x0, Steps("inf", 0.2, 30, 0), x0, target)
-    for i in range(3):
-        alone = ad.apgd(loss, x0[:, i : i + 1], Steps("inf", 0.2, 30, 0), x0[:, i : i + 1], target[:, i : i + 1])
-        assert torch.allclose(together[:, i : i + 1], alone, atol=1e-6)
-
-
-def test_apgd_returns_its_best_image_not_its_last(exact):
-    """The loss jumps up once the image has left x0 by more than .05: only the first image is good."""
-    x0 = torch.full((1, 1, 1, 2, 2), 0.5)
-
-    def loss(x):
-        return -x.sum((-3, -2, -1)) + 100 * ((x - 0.5).abs().amax((-3, -2, -1)) > 0.05)
-    assert torch.equal(ad.apgd(loss, x0, Steps("inf", 0.2, 3, 0), x0), x0)
-
-
-def test_apgd_by_the_reference_of_its_paper(exact):
-    """The same iterates as a plain transcription of Algorithm 1 (Croce and Hein 2020) for one image."""
-    target = torch.rand(1, 1, 1, 4, 4)
-    x0 = torch.full_like(target, 0.5)
-    a = Steps("inf", 0.4, 40, 0)
-    weights = torch.logspace(-2, 1, 16).view(1, 1, 1, 4, 4)
-
-    def loss(x):
-        return ((x - target).square() * weights).sum((-3, -2, -1)) + (20 * x).sin().sum((-3, -2, -1)) / 9
-
-    def gradient(x):
-        x = x.clone().requires_grad_(True)
-        return torch.autograd.grad(loss(x).sum(), x)[0]
-
-    def clip(x):
-        return torch.min(torch.max(x.clamp(0, 1), x0 - a.eps), x0 + a.eps)
-    step, x, before, points, p, period = 2 * a.eps, x0, x0, [0], 0, round(0.22 * 40)
-    values, kept, best = [loss(x0).item()], (loss(x0).item(), step), x0
-    grad, fell, checkpoint = gradient(x0), 0, round(0.22 * 40)
-    for t in range(39):
-        z = clip(x - step * grad.sign())
-        z = clip(x + 0.75 * (z - x) + 0.25 * (x - before)) if t else z
-        before, x = x, z
-        values.append(loss(x).item())
-        fell += values[-1] < values[-2]
-        if values[-1] < loss(best).item():
-            best = x
-        grad = gradient(x)
-        if t + 1 == checkpoint:
-            lowest = loss(best).item()
-            stuck = fell <= 0.75 * period or (kept[1] == step and lowest >= kept[0])
-            kept, fell = (lowest, step), 0
-            if stuck:
-                step, x, grad = step / 2, best, gradient(best)
-                before = x - (z - before)                                       # momentum of the last move
-            period = max(period - round(0.03 * 40), round(0.06 * 40), 1)
-            checkpoint += period
-    assert torch.allclose(ad.apgd(loss, x0, a, x0), best, atol=1e-6) and step < 2 * a.eps
+    a = Steps("inf", 0.2, 4, 0.15, adam)
+    seen = ad.judged(lambda x: x.sum((-3, -2, -1)), loss, x0, a, start, target)
+    assert seen.shape == (2, 3, 5)
+    assert torch.allclose(seen[..., 0], (x0 + 0.2).clamp(max=1).sum((-3, -2, -1)))
+    for t in range(1, 5):
+        assert torch.allclose(seen[..., t], minimise(loss, x0, a._replace(steps=t), start, target).sum((-3, -2, -1)))
+    pairs = ad.judged(lambda x: x.flatten(1)[:, :2], lambda x: x.sum((-3, -2, -1)), x0[0], a, x0[0])
+    assert pairs.shape == (3, 2, 5) and torch.equal(pairs[..., 0], x0[0].flatten(1)[:, :2])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        ad.judged(loss, loss, x0 + 1, a, x0, target)
 
 
 # --- images of each class, and of the others ---
@@ -449,8 +396,8 @@ def test_each_detector_keeps_the_weights_of_its_own_best_validation(tmp_path, mo
     made_up = [[0.6, 0.5, 0.1], [0.5, 0.7, 0.1], [0.4, 0.6, 0.2], [0.4, 0.7, 0.2], [0.1, 0.1, 0.1]]
     after = []
 
-    def scores(run, model, images, a, n):
-        assert len(images) == 12 and n == 4 and a == Steps("inf", 0.25, 3, 0.1)
+    def scores(run, model, images, attacks, n):
+        assert len(images) == 12 and n == 4 and attacks == [Steps("inf", 0.25, 3, 0.1)]
         assert torch.allclose(model.fast(images.take([0])), model.H(images.take([0])), atol=0.02)
         after.append(copy.deepcopy(model.H))
         wanted = torch.tensor(made_up[len(after) - 1])
@@ -569,33 +516,56 @@ def test_both_ways_of_detection():
     assert z.tolist() == [4, 3] and misread.tolist() == [False, False]
 
 
-def test_scores_of_clean_and_attacked_images(tmp_path):
-    """Clean: all of the class; attacked: the first others. The attack climbs the fast copy, H judges its best start."""
+def test_scores_of_clean_and_attacked_images(tmp_path, monkeypatch):
+    """Clean: all of the class; attacked: the first others. The attack climbs the fast copy; H judges every image on its
+    way, from every start, under every attack, and the largest logit counts."""
     run, _ = run_of(tmp_path, "--chunk", 4)
     H, images, handed = Detectors(small_nets(2)), some_images(40, 4), []
     climbed = Detectors(small_nets(2))
     model = Model(H, climbed, None, None)
-    a = Steps("inf", 0.2, 1, 0.1)
+    a, b = Steps("inf", 0.2, 1, 0.1), Steps("inf", 0.1, 2, 0.1, False)
+    real, way = ad.judged, []
 
-    def method(loss, x0, a, start, net):
-        assert net is climbed and loss == "loss" and a.eps == 0.2
-        handed.append((x0, start))
-        return start.clamp(0, 1)
-    clean, attacked = ad.attacked_scores(run, model, images, a, 7, method, "loss")
-    assert [x.shape[1] for x, _ in handed] == [3, 3, 1] and all(x is start for x, start in handed)
+    def watched(judge, loss, x0, a, start, net):
+        assert net is climbed and loss is logit_loss
+        handed.append((x0, start, a))
+        way.append(real(judge, loss, x0, a, start, net))
+        assert torch.allclose(judge(x0), H(x0), atol=1e-4)
+        return way[-1]
+    monkeypatch.setattr(ad, "judged", watched)
+    clean, attacked = ad.attacked_scores(run, model, images, [a], 7)
+    assert [x.shape[1] for x, *_ in handed] == [3, 3, 1] and all(x is start for x, start, _ in handed)
+    assert torch.equal(attacked, torch.cat(way, 1).amax(-1))
     for k in (0, 1):
         others = images.take(rows_of(images, False)[k][:7])
-        assert torch.equal(torch.cat([x[k] for x, _ in handed]), others)
-        assert torch.allclose(attacked[k], H(others)[:, k], atol=1e-4)
+        assert torch.equal(torch.cat([x[k] for x, *_ in handed]), others)
+        assert torch.allclose(torch.cat(way, 1)[k, :, 0], H(others)[:, k], atol=1e-4)
         assert torch.allclose(clean[k], H(images.take(rows_of(images, True)[k]))[:, k], atol=1e-4)
         assert clean.shape == (2, 10)
-    handed.clear()
-    _, several = ad.attacked_scores(run, model, images, a, 7, method, "loss", starts=4)
-    assert len(handed) == 12
-    tried = torch.stack([H(start.clamp(0, 1)) for _, start in handed[:4]])
-    assert torch.allclose(several[:, :3], tried.amax(0), atol=1e-4)
-    assert len({start.sum().item() for _, start in handed[:4]}) == 4            # four different starts
-    assert all(0 < (start - x).abs().max() <= 0.2001 for x, start in handed)
+    handed.clear(), way.clear()
+    _, several = ad.attacked_scores(run, model, images, [a, b], 7, starts=4)
+    assert [it for *_, it in handed] == 3 * (4 * [a] + 4 * [b])
+    assert torch.equal(several[:, :3], torch.stack([z.amax(-1) for z in way[:8]]).amax(0))
+    assert len({start.sum().item() for _, start, _ in handed[:8]}) == 8         # all from different starts
+    assert all(0 < (start - x).abs().max() <= it.eps + 1e-4 for x, start, it in handed)
+
+
+def test_intervals_by_drawing_anew():
+    x = torch.randn(400)
+    low, high = ad.bootstrap_interval(lambda x: x.mean(), x)
+    assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)  # that of a mean
+    assert ad.bootstrap_interval(lambda x: x.mean(), x) == [low, high]
+    low, high = ad.bootstrap_interval(lambda a, b: a.mean() - b.mean(), x, torch.randn(100))
+    assert high - low == pytest.approx(2 * 1.96 * (1 / 400 + 1 / 100) ** 0.5, rel=0.2)     # both vary
+    clean, attacked = torch.randn(300) + 2, torch.cat([torch.randn(150), torch.full((50,), -math.inf)])
+    row = ad.fpr_row("A", clean, attacked, 0.9)
+    T = ad.threshold(clean, 0.9)
+    assert row["quantity"] == "FPR, A" and row["tpr"] == 0.9 and row["n"] == 200
+    assert row["value"] == pytest.approx((attacked >= T).float().mean().item()) and row["value"] > 0.03
+    wilson = common.rate("", attacked >= T)["interval"]
+    assert row["interval"][0] <= wilson[0] and row["interval"][1] >= wilson[1]
+    assert row["interval"][1] - row["interval"][0] > 1.1 * (wilson[1] - wilson[0])          # T of 300 images varies, too
+    assert ad.fpr_row("A", clean, attacked - 99, 0.9)["interval"] == common.rate("", attacked > 99)["interval"]
 
 
 def test_bisection_finds_the_distance_to_a_linear_boundary(exact):
@@ -641,9 +611,9 @@ def two_models(tmp_path, monkeypatch):
     pairs = {name: Model(nn.Linear(1, 1), nn.Linear(1, 1), torch.tensor([0.9, 0.8]), setups[name][1]) for name in ("linf0.3", "l2-2.5")}
     asked = []
 
-    def scores(run, model, images, a, n, method=minimise, loss=logit_loss, starts=0):
+    def scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
         name = [name for name, its in pairs.items() if its.H is model.H][0]
-        asked.append(SimpleNamespace(name=name, images=images, a=a, n=n, method=method, loss=loss, starts=starts, fast=model.fast))
+        asked.append(SimpleNamespace(name=name, images=images, a=attacks[0], attacks=attacks, n=n, loss=loss, starts=starts, fast=model.fast))
         return torch.ones(2, 3), torch.tensor([[0.0] * n, [2.0] * n])
     monkeypatch.setattr(ad, "attacked_scores", scores)
     return SimpleNamespace(run=run, s=s, setups=setups, pairs=pairs, asked=asked, test=object())
@@ -662,8 +632,9 @@ def test_tables_3_2_and_3_3(two_models):
         m.asked.clear()
         rows = table(m.run, m.s, m.pairs, m.test)
         assert both(rows) == {f"{name}, {title}" for name in m.pairs for title in ("PGD", "more and smaller steps")}
-        assert [(q.name, q.n, q.starts, q.method) for q in m.asked] == [
-            ("linf0.3", 40, 0, minimise), ("l2-2.5", 40, 0, minimise), ("linf0.3", 20, 0, minimise), ("l2-2.5", 20, 0, minimise)]
+        assert [(q.name, q.n, q.starts, len(q.attacks)) for q in m.asked] == [
+            ("linf0.3", 40, 0, 1), ("l2-2.5", 40, 0, 1), ("linf0.3", 20, 0, 1), ("l2-2.5", 20, 0, 1)]
+        assert all(row["clean"] == 3 and row["interval"] == [row["value"]] * 2 for row in rows)
         assert [q.a for q in m.asked] == [
             Steps("inf", 0.3, 200, 0.01, adam), Steps("2", 2.5, 200, 0.1, adam),
             Steps("inf", 0.3, 2000, 0.005, adam), Steps("2", 2.5, 2000, 0.05, adam)]
@@ -708,14 +679,14 @@ def test_table_3_7_has_each_norm_s_own_sweep(two_models):
 def test_untuned_attacks(two_models):
     m, f = two_models, nn.Linear(1, 1)
     rows = ad.untuned(m.run, m.s, f, m.pairs, m.test)
-    assert both(rows) == {f"{name}, {title}" for name in m.pairs for title in ("PGD, float32", "APGD", "transfer from f")}
-    assert [(q.method, q.loss) for q in m.asked[::2]] == [
-        (minimise, logit_loss), (ad.apgd, logit_loss), (minimise, ad.softmax_loss)]
-    assert [q.name for q in m.asked] == 3 * list(m.pairs) and all(q.a == m.pairs[q.name].check for q in m.asked)
-    assert {q.n for q in m.asked} == {40}
-    for q in m.asked[:4]:
+    assert both(rows) == {f"{name}, {title}" for name in m.pairs for title in ("worst of Adam and plain steps", "transfer from f")}
+    assert [q.loss for q in m.asked[::2]] == [logit_loss, ad.softmax_loss]
+    assert [q.name for q in m.asked] == 2 * list(m.pairs) and {q.n for q in m.asked} == {40}
+    for q in m.asked[:2]:
+        a = m.pairs[q.name].check
+        assert q.attacks == [a, a._replace(adam=False), a._replace(adam=False, step=a.eps / 16)]
         assert q.fast.dtype == torch.float32 and torch.equal(q.fast.net.weight, m.pairs[q.name].H.weight)
-    assert all(q.fast is f for q in m.asked[4:])
+    assert all(q.fast is f and q.attacks == [m.pairs[q.name].check] for q in m.asked[2:])
 
 
 def test_published_numbers_meet_ours(two_models, monkeypatch):
@@ -743,7 +714,8 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
     def smallest(model, T, a, c_max, x0, y):
         assert c_max == 8.0 and a == Steps("2", 1000, 500, 0.1) and T == 1020 and model is models[len(handed) // 2]
         handed.append((x0, y))
-        return torch.where(y % 2 == 0, 2.0, math.inf)
+        k = torch.arange(10.0)[:, None].expand(y.shape)
+        return torch.where((k == y) | (k > 6), math.inf, k + 1)
     monkeypatch.setattr(ad, "smallest_perturbation", smallest)
     z = torch.arange(400.0)[:, None] * torch.ones(10) + 1000 * torch.eye(10)[0]  # 1000 to 1399 is the largest of each
     monkeypatch.setattr(ad, "logits", lambda H, x: z[: len(x)])
@@ -751,15 +723,17 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
     rows = ad.table_3_6(run, s, dict(zip(("A", "B"), models)), test, {"table3.6": Steps("2", 1000, 500, 0.1)})
     assert [x.shape[:2] for x, _ in handed] == 2 * [(10, 2), (10, 1)]
     x, y = (torch.cat(both, 1) for both in zip(*handed[:2]))
-    assert not (y == torch.arange(10)[:, None]).any()                           # a detector's own class is no target
-    flat = (x.flatten(0, 1) * 255).round().byte()
-    assert len(flat.flatten(1).unique(dim=0)) == 30                             # no image twice
-    assert [known[row.numpy().tobytes()] for row in flat] == y.flatten().tolist()
-    share = (y % 2 == 0).float().mean().item()
-    assert [(row["quantity"], row["value"]) for row in rows] == [
-        (f"{what}, {name}", pytest.approx(v)) for name in "AB"
-        for what, v in (("mean l_2 of the smallest perturbation", 2.0), ("FPR", share))]
-    assert rows[1]["n"] == 30 and "interval" in rows[1]
+    flat = (x * 255).round().byte()
+    assert torch.equal(flat, flat[:1].expand_as(flat)) and torch.equal(y, y[:1].expand_as(y))  # each towards every class
+    assert len(flat[0].flatten(1).unique(dim=0)) == 3
+    assert [known[row.numpy().tobytes()] for row in flat[0]] == y[0].tolist()
+    assert [row["quantity"] for row in rows] == [
+        f"{what}, {name}, {title}" for name in "AB" for title in ("one target", "shortest")
+        for what in ("mean l_2 of the smallest perturbation", "FPR")]
+    ways = [k + 1.0 for i in range(3) for k in range(10) if k != y[0, i] and k < 7]  # 7 to 9 are never reached
+    least = [2.0 if y[0, i] == 0 else 1.0 for i in range(3)]
+    assert [row["value"] for row in rows[:4]] == pytest.approx([sum(ways) / len(ways), len(ways) / 27, sum(least) / 3, 1.0])
+    assert [row.get("n") for row in rows[:4]] == [None, 27, None, 3] and "interval" in rows[1]
     colours, asked = some_images(400, shape=(3, 28, 28)), []
     monkeypatch.setattr(ad, "smallest_perturbation", lambda model, T, a, c_max, x0, y: asked.append(c_max) or torch.ones(y.shape))
     ad.table_3_6(run, s, {"A": models[0]}, colours, {"table3.6": Steps("2", 1000, 500, 0.1)})
@@ -770,49 +744,63 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
 
 
 def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
-    """f reads every attacked image as class 1; z_H is made up, another for each attack. T is of all clean images."""
+    """f and z_H are made up, others for each attack and each of its three steps. T is of all clean images."""
     run, s = run_of(tmp_path, "--images", 20, "--chunk", 30)
-    test, asked = some_images(24), []
-    values, attacked = torch.randn(24, 10), torch.randn(len(ad.LOSSES), 20, 10)
+    test, asked, steps = some_images(24), [], 3
+    values = torch.randn(24, 10)
+    attacked = torch.randn(len(ad.LOSSES), steps + 1, 20, 10)
+    read = torch.randint(10, (len(ad.LOSSES), steps + 1, 20))
     number = {loss: i for i, loss in enumerate(ad.LOSSES.values())}
     f = nn.Linear(1, 1)
     H = Linear(10, (1, 28, 28))
     model = model_of(H, Steps("2", 0.7, 200, 0.01))
 
-    def attack(loss, x0, a, start, fast_f, fast, y):
-        asked.append((loss, a, x0 is start, fast_f, fast, len(x0), y))
-        return x0 + 2 + 2 * number[loss]
+    def fake(judge, loss, x0, a, start, fast_f, fast, y):
+        i = sum(len(x) for it, *_, x in asked if it is loss)
+        asked.append((loss, a, x0 is start, fast_f, fast, y, x0))
+        place = torch.arange(i, i + len(x0)).view(-1, 1, 1, 1)
+        seen = []
+        for t in range(steps + 1):                                              # an image says which it is
+            seen.append(judge(100 * (1 + number[loss]) + 25.0 * t + place))
+        return torch.stack(seen, -1)
 
     def logits(net, x):
-        i = int(x.min()) // 2 - 1                                               # of the attack; -1: not attacked
-        if net is f:
-            k = test.y if i < 0 else torch.ones(20, dtype=torch.long)
-            return F.one_hot(k, 10).float()
-        return values if i < 0 else attacked[i]
-    monkeypatch.setattr(ad, "minimise", attack)
+        if x.amax() < 2:                                                        # clean
+            return F.one_hot(test.y, 10).float() if net is f else values
+        code = x.flatten().long()
+        i, t, n = code // 100 - 1, code % 100 // 25, code % 25
+        return F.one_hot(read[i, t, n], 10).float() if net is f else attacked[i, t, n]
+    monkeypatch.setattr(ad, "judged", fake)
     monkeypatch.setattr(ad, "logits", logits)
+    monkeypatch.setattr(ad, "bootstrap_interval", lambda statistic, z_clean, z: [statistic(z_clean, z).item()] * 2)
     lines = []
     monkeypatch.setattr(common.Run, "lines", lambda self, name, rows, x, **_: lines.append((name, x)))
     rows = ad.figure_3_2(run, s, f, {"A": model, "B": None}, test, {"figure3.2": Steps("inf", 0.3, 100, 0.1)})
     assert [loss for loss, *_ in asked[::5]] == list(ad.LOSSES.values()) and lines == [("figure3.2", "tpr")]
     assert all(a == Steps("2", 0.7, 100, 0.1) and same for _, a, same, *_ in asked)  # the model's norm and eps
     assert all(torch.equal(fast_f.net.weight, f.weight.to(fast_f.dtype)) and fast is H for _, _, _, fast_f, fast, *_ in asked)
-    assert [n for *_, n, _ in asked[:5]] == [4, 4, 4, 4, 4]
+    assert [len(x) for *_, x in asked[:5]] == [4, 4, 4, 4, 4]
     y = test.y[:20]
-    assert torch.equal(torch.cat([part for *_, part in asked[:5]]), y)
+    assert torch.equal(torch.cat([part for *_, part, _ in asked[:5]]), y)
+    assert torch.equal(torch.cat([x for *_, x in asked[:5]]), test.take(slice(0, 20)))
     found = {(row["quantity"], row.get("tpr")): row for row in rows}
     assert len(found) == len(rows) and found["natural acc, integrated", None]["value"] == 1
-    own = values[torch.arange(24), test.y]
+    for way in ("integrated", "generative"):
+        clean = values[torch.arange(24), test.y] if way == "integrated" else values.amax(1)
+        for title, these in (*((title, [i]) for i, title in enumerate(ad.LOSSES)), ("all of these", range(len(ad.LOSSES)))):
+            k = read if way == "integrated" else attacked.argmax(-1)
+            z = attacked.gather(-1, k[..., None])[..., 0].where(k != y, -math.inf)[list(these)].amax((0, 1))
+            for tpr in (0.9, 0.95, 1.0):
+                T = sorted(clean.tolist(), reverse=True)[math.ceil(tpr * 24) - 1]
+                row = found[f"FPR, {way}, {title}", tpr]
+                assert row["value"] == pytest.approx((z >= T).float().mean().item()) and row["n"] == 20 and "interval" in row
+            right = (clean[:20] > 0).sum() + (z[z.isfinite()] <= 0).sum()
+            row = found[f"accuracy (3.19), {way}, {title}", None]
+            assert row["value"] == pytest.approx(right.item() / row["n"]) and row["n"] == 20 + z.isfinite().sum()
     for i, title in enumerate(ad.LOSSES):
-        top, k = attacked[i].max(1)
-        for tpr in (0.9, 0.95, 1.0):
-            T = sorted(own.tolist(), reverse=True)[math.ceil(tpr * 24) - 1]
-            expected = ((attacked[i][:, 1] >= T) & (y != 1)).float().mean().item()
-            assert found[f"FPR, integrated, {title}", tpr]["value"] == pytest.approx(expected)
-            T = sorted(values.amax(1).tolist(), reverse=True)[math.ceil(tpr * 24) - 1]
-            expected = ((top >= T) & (k != y)).float().mean().item()
-            row = found[f"FPR, generative, {title}", tpr]
-            assert row["value"] == pytest.approx(expected) and row["n"] == 20 and "interval" in row
+        wrong = read[i] != y
+        turned = (wrong[3] != wrong[2]).float().mean().item()                   # of steps 2 and 3
+        assert found[f"share of later steps that turn f's reading, {title}", None]["value"] == pytest.approx(turned)
     assert found["natural acc, generative", None]["value"] == pytest.approx((values.argmax(1) == test.y).float().mean().item())
 
 

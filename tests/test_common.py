@@ -518,6 +518,7 @@ def test_rate_value_and_how_rows_are_shown():
     assert row == {"quantity": "acc", "value": 0.75, "interval": common.wilson(3, 4), "n": 4, "K": 75}
     assert common.shown_row(row) == ("acc", "n 4, K 75", "0.75 [0.30, 0.95]")
     assert common.shown_row(common.value("auc", 0.999876))[2] == "0.99988"
+    assert common.shown_row(common.value("auc", 0.992, interval=[0.9876, 0.9961]))[2] == "0.992 [0.988, 0.996]"  # narrow
     assert common.shown(12.34567) == "12.35" and common.shown("text") == "text" and common.shown(3) == "3"
 
 
