@@ -60,7 +60,7 @@ SETTINGS = common.settings(  # a row: a value for each column, or one for all, t
     columns=("glyphs", "mnist", "cifar10 tinyimagenet", "cifar10-paper", "imagenet imagenet-paper",
              "cifar10-cpu"),
     smoke=dict(f_width=1, f_iters=3, u_iters=2, width=0.05, updates=6, batch=4, bank=8, k_train=2, k=3,
-               h_def=3, h_adv=2, n=2, n_few=1, images=8, few=4),
+               h_def=3, h_adv=2, n=2, images=8, few=4),
     first_class=(0, 0, 0, 0, 0, 6, "CIFAR-10 on a CPU: this class and those after it, four of ten"),
     f_net=("small_cnn", "small_cnn", "wrn16", "wrn28", "efficientnet_b7", "small_cnn",
            "natural classifier f"),
@@ -87,7 +87,6 @@ SETTINGS = common.settings(  # a row: a value for each column, or one for all, t
     n=(20, 20, 20, 50, 50, 20, "N: steps of the attack"),
     eps=(0.08, 0.2, 8 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
     step=(0.02, 0.05, 2 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
-    n_few=(6, 6, 10, 50, 50, 10, "N in figures 3.3 and 3.4"),
     images=(60, 60, 200, 5000, 10_000, 60, "test images under attack; figure 3.1: up to 3 times as many"),
     few=(30, 30, 100, 125, 125, 30, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "cifar100", "data set of table 4.1"),
@@ -354,14 +353,8 @@ def eot_attack(run, defence, x0, y, attack):
     period = attack.N + 1
     evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
-    made_from = {
-        "f": defence.f,
-        "chain": defence.chain,
-        "K": defence.K,
-        "images": x0,
-        "labels": y,
-        "attack": attack,
-    }
+    made_from = {"f": defence.f, "chain": defence.chain, "K": defence.K, "images": x0, "labels": y,
+                 "attack": attack}
     progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
     if progress.it == 0:
         record[0] = defence.right(defence.predict(x, attack.H_def), y)
@@ -561,7 +554,6 @@ def figure_3_2(run, s, midrun):
 
 def against_steps(run, s, task, attack, name, factors, chain, tau):
     """Accuracy against K = factor * n: n steps of noise tau add as much noise as the defence's chain."""
-    attack = attack._replace(N=s.n_few, H_adv=(s.h_adv + 1) // 2)
     rows, pictures = [], {"natural": task.x[:16]}
     for K in common.multiples(s.k * s.tau**2 / tau**2, factors):
         defence = replace(task.defence, K=K, chain=chain)
@@ -596,7 +588,7 @@ EXPERIMENTS = common.experiments(
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
-    common.at_least(1, s, "f_iters u_iters updates batch bank k_train k h_def h_adv n n_few images few")
+    common.at_least(1, s, "f_iters u_iters updates batch bank k_train k h_def h_adv n images few")
     common.above_0(s, "p tau temperature width f_width")
     common.check_radius(s.eps)
     if s.p > 1 or s.bank % s.batch:

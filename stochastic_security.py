@@ -39,7 +39,8 @@ Commands (two cores; all numbers: results/stochastic_security.md):
 The log. d hovers near 0 and does not fall, as chains follow the energy. drift: the gradient's part of a
 step over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
 Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). Broken images leave the batch.
-AT (adversarial training: f trained on PGD images) attacks in eval mode. SVHN: rates drop at 40, not 20 %.
+AT (adversarial training: f trained on PGD images) attacks in eval mode; SVHN's from the first epoch on, its
+rates drop at 40, not 20 %. Figure 2.2's long runs: 200 times --k-train steps (20,000; source: 100,000).
 """
 import math
 import time
@@ -61,7 +62,7 @@ SETTINGS = common.settings(
     columns=("glyphs symbols", "mnist", "cifar10 cifar100", "svhn", "cifar10-paper cifar100-paper",
              "svhn-paper", "cifar10-cpu"),
     smoke=dict(f_width=1, f_iters=3, at_iters=2, updates=6, switch=4, batch=4, bank=8, k_train=2, k=3,
-               h_def=3, h_adv=2, n=2, n_few=1, images=8, few=4, width=0.125),
+               h_def=3, h_adv=2, n=2, images=8, few=4, width=0.125),
     first_class=(0, 0, 0, 0, 0, 0, 6, "CIFAR-10 on a CPU: this class and those after it, four of ten"),
     f_net=("small_cnn", "small_cnn", "wrn16", "wrn16", "wrn28", "wrn28", "small_cnn",
            "network (common.make_net)"),
@@ -89,7 +90,6 @@ SETTINGS = common.settings(
     eps=(0.08, 0.2, 8 / 255, 8 / 255, 8 / 255, 8 / 255, 8 / 255, "l_inf radius of the attack"),
     step=(0.02, 0.05, 2 / 255, 2 / 255, 2 / 255, 2 / 255, 2 / 255, "length of the attack's step"),
     restarts=(1, 1, 1, 1, 5, 5, 1, "starts of the attack, the first one included"),
-    n_few=(10, 10, 10, 10, 50, 50, 10, "N in figure 2.8 and precision"),
     images=(60, 60, 200, 200, 10_000, 10_000, 60, "test images under attack"),
     few=(30, 30, 100, 100, 1000, 1000, 30, "of these, in figures 2.4, 2.5, 2.8; 2.9: 10 times, of training"),
 )
@@ -302,14 +302,8 @@ def eot_attack(run, defence, x0, y, attack):
     period = attack.N + 1
     evaluations = attack.restarts * period
     record = torch.zeros(1 + evaluations, len(x), dtype=torch.bool, device=x.device)
-    made_from = {
-        "f": defence.f,
-        "chain": defence.chain,
-        "K": defence.K,
-        "images": x0,
-        "labels": y,
-        "attack": attack,
-    }
+    made_from = {"f": defence.f, "chain": defence.chain, "K": defence.K, "images": x0, "labels": y,
+                 "attack": attack}
     progress = Training(run, "attack", made_from, unique=True, x=x, record=record)
     if progress.it == 0:
         record[0] = defence.right(defence.predict(x, attack.H_def), y)
@@ -402,6 +396,13 @@ def table_2_2(run, s, f, f_at, defence, x, y, attack, transferred, bpda):
         rows += rates(title, eot_attack(run, Defence(net), x, y, one))
     return rows
 
+def seconds_of(function, *arguments):
+    """How long function(*arguments) -> a tensor takes, the second time: the first one warms up."""
+    for _ in range(2):
+        start = time.time()
+        function(*arguments).sum().item()  # waits for the device
+    return time.time() - start
+
 @seeded
 def mean_end(run, defence, x, steps):
     """Mean of 16 chains of each image; always with the same noise."""
@@ -420,11 +421,8 @@ def gradients(run, s, defence, x, y, attack):
             rows.append(value(f"share left of a {kind} change", share.item(), steps=steps))
     start = attack.ball.start(x)
     for name, whole in (("BPDA", False), ("whole chain", True)):
-        for _ in range(2):  # the first one warms up
-            began = time.time()
-            _, gradient = defence.gradient(start, y, s.h_adv, whole)
-            direction = gradient.sign().cpu().to(x.device)  # waits for the device
-            seconds[name] = time.time() - began
+        direction = defence.gradient(start, y, s.h_adv, whole)[1].sign()
+        seconds[name] = seconds_of(lambda: defence.gradient(start, y, s.h_adv, whole)[1])
         for length in (0, s.eps / 4, s.eps / 2, s.eps):
             torch.manual_seed(run.seed)  # the same noise for all of them
             F_H = defence.logits(start + length * direction, 2 * s.h_def).mean(0)
@@ -459,8 +457,10 @@ def margin(logits, y):
 
 def figure_2_3(run, s, defence, y, bpda):
     """Margins of F_H of a borderline and a clear image after the attack: what few chains would say."""
-    order = margin(defence.logits(bpda.x, s.h_def).mean(0), y).abs().argsort()
-    rows, panels = [], {}
+    logits = defence.logits(bpda.x, s.h_def)  # [H_def, n, classes]
+    same = logits.softmax(2).mean(0).argmax(1) == logits.mean(0).argmax(1)
+    rows, panels = [rate("mean softmax outputs (2.11) give the same class", same)], {}
+    order = margin(logits.mean(0), y).abs().argsort()
     for name, i in (("borderline", order[0]), ("clear", order[-1])):
         chains = defence.logits(bpda.x[i : i + 1], 30 * s.h_def)[:, 0]  # [30 H_def, classes]
         margins = {}
@@ -546,13 +546,15 @@ def figure_2_7(run, s, ebm, x):
 
 def figure_2_8(run, s, defence, adam_defence, x, y, attack):
     """Natural and robust accuracy against K: convergent energy, and one trained by Adam throughout."""
-    rows = []
-    a = attack._replace(N=s.n_few, H_adv=max(s.h_adv // 2, 1), restarts=1)
-    for title, defended in ((", convergent", defence), (", non-convergent", adam_defence)):
+    rows, pictures = [], {"natural": x[:16]}
+    a = attack._replace(restarts=1)
+    for title, defended in (("convergent", defence), ("non-convergent", adam_defence)):
         for K in common.multiples(s.k, (1 / 10, 1 / 3, 1, 3)):
             outcome = eot_attack(run, replace(defended, K=K), x[: s.few], y[: s.few], a)
-            rows += rates(title, outcome, K=K)
+            rows += rates(f", {title}", outcome, K=K)
+            pictures[f"{title}, {K} steps"] = defended.chain(x[:16], K)
     run.lines("figure2.8", rows, "K", ylim=(0, 1.02), xscale="log")
+    run.pictures("figure2.8-samples", pictures, 16)
     return rows
 
 def figure_2_9(run, s, data, defence, adam_defence, features):
@@ -571,29 +573,27 @@ def figure_2_9(run, s, data, defence, adam_defence, features):
     run.lines("figure2.9", rows, "steps", xscale="symlog")
     return rows
 
-def figure_2_10(run, s, x):
-    """Cost of Langevin steps: the plain float32 loop and the fast path."""
+def figure_2_10(run, s, f, x, y):
+    """Cost of Langevin steps: the plain float32 loop and the fast path; and of a step of PGD on f (2.12)."""
     size, steps = (4, 2) if run.smoke else (100, 150)
     V = common.make_net("light_ebm", 1, x.shape[1:], s.width).to(run.device)
-    x = x[:1].repeat(size, 1, 1, 1)
+    x, y = x[:1].repeat(size, 1, 1, 1), y[:1].repeat(size)
     rows, speeds = [], []
     for title, fast in (("plain float32", False), ("fast path", True)):
-        V_fast = frozen_copy(V, fast)
-        for _ in range(2):  # the first one warms up
-            start = time.time()
-            langevin(x, steps, V_fast, s.tau, s.temperature).sum().item()  # waits for the device
-            speed = size * steps / (time.time() - start)
+        speed = size * steps / seconds_of(langevin, x, steps, frozen_copy(V, fast), s.tau, s.temperature)
         speeds.append(speed)
         rows.append(value(f"images x steps / s, {title}", speed, batch=size))
     rows.append(value("fast path / plain float32", speeds[1] / speeds[0]))
     long_chains = 100 * 1500 / speeds[1]
     rows.append(value("seconds for a batch of long chains", long_chains, batch=100, steps=1500))
+    each = seconds_of(pgd, f, x, y, 5, LInf(s.eps, s.step)) / 5
+    rows.append(value("a step of PGD on f / a Langevin step", each * speeds[1] / size))
     return rows
 
 def precision(run, s, f, ebm, x, y, attack):
     """The same attack on the same images with chains in bfloat16 (where there are units) and in float32."""
     rows = []
-    a = attack._replace(N=s.n_few, restarts=1)
+    a = attack._replace(restarts=1)
     for title, fast in ((", fast path", True), (", float32", False)):
         defence = defend(run, s, f, ebm, fast)
         rows += rates(title, eot_attack(run, defence, x, y, a))
@@ -611,7 +611,7 @@ EXPERIMENTS = common.experiments(
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
     s = args.settings
-    common.at_least(1, s, "f_iters at_iters updates batch k_train h_def h_adv n n_few restarts images few")
+    common.at_least(1, s, "f_iters at_iters updates batch k_train h_def h_adv n restarts images few")
     common.above_0(s, "tau temperature width f_width")
     common.check_radius(s.eps)
     if s.bank % s.batch or s.net not in ("light_ebm", "gaussian"):

@@ -1075,7 +1075,7 @@ def test_gradients_compares_both_on_the_same_images(attacked, monkeypatch):
         def gradient(self, given, labels, H, whole=False):
             assert torch.equal(given, start) and torch.equal(labels, y[:7]) and H == 6
             clock[0] += 6 if whole else 2
-            return None, (torch.ones if whole else torch.full)(given.shape, *(() if whole else (-3.0,)))
+            return None, torch.full(given.shape, 1.0 if whole else -3.0)
 
         def logits(self, given, H):
             noise.append(torch.rand(()).item())
@@ -1159,12 +1159,17 @@ def test_figure_2_3_draws_many_chains_of_the_least_and_the_most_certain_image():
             logits = torch.zeros(*above.shape, 3)
             logits.scatter_(2, label.expand(above.shape)[..., None], above[..., None])
             logits[..., 2] = -50.0
+            if len(given) == 4:  # of image 0 one chain is very sure, five are rather sure of another class
+                logits[0, 0] = torch.tensor([20.0, 0.0, -50.0])
+                logits[1:, 0] = torch.tensor([-3.0, 0.0, -50.0])
             return logits
     run = Sheet()
     rows = ss.figure_2_3(run, s, Fixed(), y, SimpleNamespace(x=x))
     assert torch.equal(asked[0][0], x) and [H for _, H in asked] == [6, 180, 180]
     assert torch.equal(asked[1][0], x[1:2]) and torch.equal(asked[2][0], x[3:4])
-    found = [(row["quantity"], row["H"], row["n"], round(row["value"], 6)) for row in rows]
+    assert rows[0]["quantity"] == "mean softmax outputs (2.11) give the same class" and rows[0]["n"] == 4
+    assert rows[0]["value"] == 0.75
+    found = [(row["quantity"], row["H"], row["n"], round(row["value"], 6)) for row in rows[1:]]
     borderline, clear = "wrong F_H, borderline image", "wrong F_H, clear image"
     assert found == [(borderline, 1, 180, 0.5), (borderline, 2, 90, round(1 / 3, 6)), (borderline, 6, 30, 0.0),
                      (clear, 1, 180, 1.0), (clear, 2, 90, 1.0), (clear, 6, 30, 1.0)]
@@ -1280,17 +1285,19 @@ def test_figure_2_7_settles_and_measures_with_the_same_noise(monkeypatch):
 
 def test_figure_2_8_changes_the_number_of_steps_of_either_energy(attacked):
     (x, y), f = images(), linear()
-    defence, adam = Defence(f, 30, object()), Defence(f, 30, object())
-    run, s = Sheet(), settings(k=30, n_few=2, h_adv=6, few=5)
+    defence, adam = (Defence(f, 30, lambda x, K, step=step: x + K * step) for step in (1, 2))
+    run, s = Sheet(), settings(k=30, h_adv=6, few=5)
     rows = ss.figure_2_8(run, s, defence, adam, x, y, ATTACK)
     expected, calls = [], iter(attacked)
     for title, wanted in ((", convergent", defence), (", non-convergent", adam)):
         for K in (3, 10, 30, 90):
             defended, given, given_y, a, outcome = next(calls)
             assert defended.chain is wanted.chain and defended.K == K and defended.f is f
-            assert a == ATTACK._replace(N=2, H_adv=3, restarts=1)
+            assert a == ATTACK._replace(restarts=1)
             assert torch.equal(given, x[:5]) and torch.equal(given_y, y[:5])
             expected += ss.rates(title, outcome, K=K)
+            shown = run.drawn["figure2.8-samples"][f"{title[2:]}, {K} steps"]
+            assert torch.equal(shown, x[:16] + K * (1 if wanted is defence else 2))
     assert rows == expected and not list(calls) and run.drawn["figure2.8"] == rows
 
 
@@ -1336,7 +1343,16 @@ def test_figure_2_10_times_the_plain_loop_and_the_fast_path(monkeypatch):
         clock[0] += 100 if first else {"plain": 4, "fast": 1}[V] * steps
         return x
     monkeypatch.setattr(ss, "langevin", chain)
-    rows = ss.figure_2_10(Sheet(), settings(), images()[0])
+    (x, y), f, pgds = images(), linear(), []
+
+    def attack(net, given, labels, steps, ball):
+        pgds.append((steps, ball))
+        assert net is f and torch.equal(given, x[:1].repeat(len(given), 1, 1, 1)) and labels.tolist() == [y[0]] * len(given)
+        clock[0] += 1000 if len(pgds) == 1 else 7 * steps
+        return given
+    monkeypatch.setattr(ss, "pgd", attack)
+    rows = ss.figure_2_10(Sheet(), settings(eps=0.3, step=0.1), f, x, y)
+    assert pgds == 2 * [(5, LInf(0.3, 0.1))]
     size, steps = asked[0][1:]
     found = {row["quantity"]: row["value"] for row in rows}
     assert {(size, steps)} == {call[1:] for call in asked} and {V for V, *_ in asked} == {"plain", "fast"}
@@ -1344,7 +1360,8 @@ def test_figure_2_10_times_the_plain_loop_and_the_fast_path(monkeypatch):
     assert found["images x steps / s, fast path"] == pytest.approx(size)
     assert found["fast path / plain float32"] == pytest.approx(4)
     assert found["seconds for a batch of long chains"] == pytest.approx(150_000 / size)
-    assert (rows[-1]["batch"], rows[-1]["steps"]) == (100, 1500)
+    assert (rows[-2]["batch"], rows[-2]["steps"]) == (100, 1500)
+    assert found["a step of PGD on f / a Langevin step"] == pytest.approx(7)  # 7 s against 1 s of the fast path
 
 
 def test_precision_attacks_the_same_images_in_both(attacked, monkeypatch):
@@ -1354,11 +1371,11 @@ def test_precision_attacks_the_same_images_in_both(attacked, monkeypatch):
         asked.append((f, V, fast))
         return f"fast {fast}"
     monkeypatch.setattr(ss, "defend", defend)
-    rows = ss.precision(None, settings(n_few=2), f, V, x, y, ATTACK)
+    rows = ss.precision(None, settings(), f, V, x, y, ATTACK)
     assert asked == [(f, V, True), (f, V, False)]
     assert [call[0] for call in attacked] == ["fast True", "fast True", "fast False", "fast False"]
     for call, whole in zip(attacked, (False, True, False, True)):
-        assert call[1] is x and call[2] is y and call[3] == ATTACK._replace(N=2, restarts=1, whole=whole)
+        assert call[1] is x and call[2] is y and call[3] == ATTACK._replace(restarts=1, whole=whole)
     expected = []
     for title, bpda, whole in ((", fast path", *attacked[:2]), (", float32", *attacked[2:])):
         expected += ss.rates(title, bpda[4]) + ss.rates(f"{title}, whole chain", whole[4])[1:]
