@@ -625,7 +625,14 @@ def test_table_4_2_takes_dice_of_each_set_without_and_with_the_defence(run, monk
         for K in (0, 5):
             expected_ = expected if title != "BPDA+EOT" else (0 + dice(shifted[1:, 0].long(), task.y[1:, 0]).item()) / 2
             assert found[f"mean Dice, {title}", ("K", K)] == pytest.approx(expected_, abs=1e-6)
-    monkeypatch.setattr(lm, "attacked", lambda run, s, t, a, name: ([], {"natural": t.x}, bools(0, 1)))
+    assert rows[-1]["quantity"] == "robust acc against the purified clean image, BPDA+EOT" and rows[-1]["n"] == 2
+    assert rows[-1]["value"] == 0.5 * (dice(shifted[1:, 0].long(), task.y[1:, 0]).item() >= 1 / 3)
+    for purified in (task.x, gone):  # where the clean image itself is lost behind chains, half of 0 is enough
+        sets = {"natural": purified, "BPDA+EOT": gone}
+        monkeypatch.setattr(lm, "attacked", lambda run, s, t, a, name, sets=sets: ([], sets, bools(1, 1)))
+        last = lm.table_4_2(FakeRun(run.folder), settings(k=5, images=3, h_def=2), (task, left_out), ATTACK)[-1]
+        assert last["value"] == float(purified is gone)
+    monkeypatch.setattr(lm, "attacked", lambda run, s, t, a, name: ([], {"natural": t.x, "BPDA+EOT": t.x}, bools(0, 1)))
     alone = numbers(lm.table_4_2(FakeRun(run.folder), settings(k=5, images=3, h_def=2), (task, left_out), ATTACK))
     assert alone[("mean Dice, natural", ("K", 0))] == pytest.approx(dice(task.y[:, 1], task.y[:, 0])[1].item())
     assert torch.equal(run.shown["table4.2-masks"]["natural, K = 0"], task.y[:, 1:] / 10)
