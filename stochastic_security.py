@@ -34,7 +34,7 @@ difference over the length of the noise for the derivative of each. Transfer: PG
 Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py                     7 min: robust accuracy .02 without, .82 with the defence
     python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2 (without whole chain)
-    python stochastic_security.py --dataset cifar10   quick: a GPU; without one --budget cpu, four classes
+    python stochastic_security.py --dataset cifar10   no GPU: four classes, an hour; BPDA .53, whole chain .35
     python stochastic_security.py --only gradients    why the whole-chain attack sees more than BPDA
 The log. d hovers near 0 and does not fall, as chains follow the energy. drift: the gradient's part of a
 step over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
