@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from kit import Exercise, expect, swap, take_out, unchanged
+from kit import Exercise, expect, number, swap, take_out, unchanged
 from torch import nn
 
 
@@ -39,6 +39,7 @@ def projection(adv_detect, _):
     def project(x, x0, norm, eps):
         before = x.clone(), x0.clone()
         end = adv_detect.project(x, x0, adv_detect.Steps(norm, eps, 1, 0.1))
+        expect(end is not None, f"norm {norm}: project gives None: is a `return` missing?")
         expect(isinstance(end, torch.Tensor) and end.shape == x.shape, "project must give images of the shape it gets")
         expect(torch.equal(x, before[0]) and torch.equal(x0, before[1]), "project must not change x or x0 in place")
         expect(end.isfinite().all(), f"norm {norm}: an image that is at x0 becomes nan: what is 0 divided by?")
@@ -76,8 +77,8 @@ def projection(adv_detect, _):
     x0, x = torch.tensor([[[[0.0, 0.5]]]]), torch.tensor([[[[-0.3, 0.9]]]])
     end = project(x, x0, "2", 0.4).flatten()
     expect(abs(end[0]) < 1e-4 and abs(end[1] - 0.9) < 1e-4,
-           f"l_2: from x0 = (0, 0.5), x = (-0.3, 0.9) with eps = 0.4 ends at ({end[0]:.3f}, {end[1]:.3f}): the box "
-           "comes first, so that what it cuts off takes nothing from the ball")
+           f"l_2: from x0 = (0, 0.5), x = (-0.3, 0.9) with eps = 0.4 ends at ({end[0]:.3f}, {end[1]:.3f}), not (0, 0.9): "
+           "the box comes first, so that what it cuts off takes nothing from the ball")
 
 
 def weights(net):
@@ -136,18 +137,20 @@ def first_step(adv_detect, loss, offset, adam):
 
 def claim(adv_detect, answers):
     """adv_detect-4: an attack without a gradient finds nothing, however many steps it has."""
-    def right(name, number):
-        return abs(answers[name] - number) <= 0.3 * number + 1e-9
+    def right(name, true, tolerance=0.1):
+        return abs(number(answers, name) - true) <= tolerance * true + 1e-12
 
+    for name in ("ADAM_Z", "ADAM_L", "SIGN_L"):
+        expect(0 <= number(answers, name) < 0.4, f"{name}: a distance is asked for, how far the pixel moves, not where it is")
     up_z, up_L = lambda z: -z, lambda z: -F.softplus(z)  # noqa: E731
     expect(right("ADAM_Z", first_step(adv_detect, up_z, -25.0, True)),
            "ADAM_Z: not that; at t = 1 the corrected m is the gradient and the corrected v is its square")
-    expect(answers["ADAM_L"] != 0, "ADAM_L: little, but not 0: float32 knows numbers like sigmoid(-25)")
-    expect(not math.isclose(answers["ADAM_L"], 0.01, rel_tol=0.3),
+    expect(number(answers, "ADAM_L") != 0, "ADAM_L: little, but not 0: float32 knows numbers like sigmoid(-25)")
+    expect(not math.isclose(number(answers, "ADAM_L"), 0.01, rel_tol=0.3),
            "ADAM_L: Adam ignores the scale of a gradient only while it is far above the 1e-8 in its denominator; how "
            "large is the slope of L here?")
     expect(right("ADAM_L", first_step(adv_detect, up_L, -25.0, True)),
-           "ADAM_L: not that; the slope g of L is sigmoid(z) times that of z, and a first step is .01 g / (g + 1e-8)")
+           "ADAM_L: not that, to two digits; how large is the slope of L, and what does Adam divide it by?")
     expect(right("SIGN_L", first_step(adv_detect, up_L, -25.0, False)),
            "SIGN_L: not that; a sign is 1 for however small a number above 0")
     expect(right("SIGN_SURE", first_step(adv_detect, up_L, -120.0, False)),

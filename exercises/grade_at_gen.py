@@ -139,8 +139,8 @@ def penalty(at_gen, _):
            f"r1_penalty is {ratio:.3g} times what it should be: half of the mean over images of the squared length, "
            "which is a SUM over pixels")
     expect(got.requires_grad,
-           "the value is right, but for backward() it is a constant: nothing leads from the penalty to f's parameters, "
-           "so it changes no update")
+           "the value is right, and yet an update of f is the same for every gamma: what does backward() find when it "
+           "comes to the penalty?")
     (got_slope,) = torch.autograd.grad(got, a, allow_unused=True)
     wanted = (slope * 2 * x.detach()).flatten(1).sum(1).mean()
     expect(got_slope is not None and abs(got_slope / wanted - 1) < 1e-3,

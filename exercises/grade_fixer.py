@@ -47,7 +47,8 @@ def perceptual(fixer, _):
     expect(loss is not None and loss.dim() == 0, "perceptual_loss must give one number for the whole batch")
     expect(len(seen) > 0, "phi is never asked: that is a loss of pixels, phase 1's")
     expect(all(images.shape[1:] == (3, 6, 8) for images in seen),
-           f"phi wants RGB; from grey images it got {tuple(seen[0].shape)}: let the three means make them RGB")
+           f"phi wants RGB; in one of its calls it got {[tuple(i.shape) for i in seen if i.shape[1:] != (3, 6, 8)][:1]}: the "
+           "three means make grey images RGB, x and target alike")
     shown = torch.cat(seen).flatten(1)
     for name, images in (("x", x.detach()), ("target", target)):
         wanted = ((images - mean) / std).flatten(1)
@@ -58,7 +59,11 @@ def perceptual(fixer, _):
     wanted = F.mse_loss(phi((x - mean) / std), phi((target - mean) / std))
     expect(not math.isclose(loss.item(), wanted.sqrt().item(), rel_tol=1e-3),
            "that is a distance, a root; Eq. 5.4 has its square")
+    absolute = F.l1_loss(phi((x - mean) / std), phi((target - mean) / std))
+    expect(not math.isclose(loss.item(), absolute.item(), rel_tol=1e-3), "that is the mean of |a - b|; Eq. 5.4 squares")
     ratio = loss.item() / wanted.item()
+    expect(ratio > 1 or abs(ratio - 1) < 1e-3,
+           f"the loss is {ratio:.4g} times that of Eq. 5.4: squared differences, averaged, with no other factor?")
     expect(abs(ratio - 1) < 1e-3,
            f"the loss is {ratio:.4g} times that of Eq. 5.4, for 5 images with maps of 2 x 3 x 4: squared differences, "
            "averaged over all of these? A sum makes the rate of Adam mean something else for each layer and batch")
@@ -164,10 +169,11 @@ class Round(nn.Module):
 def around_or_through(fixer, answers):
     """fixer-4: two Fixers and two attacks, each blind on one of them; attacks joined image by image."""
     f, y, ball = Score(), torch.tensor([0]), fixer.LInf(0.1, 0.1)
-    why = {"AVERAGE_AROUND": "this step follows the slope at G's OUTPUT, and G may take away just what it did",
-           "AVERAGE_THROUGH": "this step follows the slope of the mean, the same at both pixels",
-           "ROUND_AROUND": "the step is taken at the pixels before G, and G is asked again where they are then",
-           "ROUND_THROUGH": "what is the derivative of round()? And what does a step do with the sign of that?"}
+    why = {"AVERAGE_AROUND": "this step follows the slope at G's OUTPUT, down m, and G may take away just what it did",
+           "AVERAGE_THROUGH": "this step follows the slope of the mean, down m, the same at both pixels",
+           "ROUND_AROUND": "the step goes down m, at the pixels before G, and G is asked again where they are then",
+           "ROUND_THROUGH": "what is the derivative of round(), and what does a step do with the sign of that? And m is "
+                            "read at G(x), not at x"}
     for kind, G, x in (("AVERAGE", Average(), [0.5, 0.3]), ("ROUND", Round(), [0.55, 0.3])):
         x = torch.tensor(x).view(1, 1, 1, 2)
         defences = {"AROUND": fixer.Defence(f, 1, partial(fixer.chain_and_fixer, chain=fixer.stay, G=G)),

@@ -154,16 +154,21 @@ def first_update(gen_classify, K, s):
             run = SimpleNamespace(folder=folder, shared=folder, seed=0, smoke=True, chunk=250,
                                   device=torch.device("cpu"))
             d = gen_classify.train_d(run, s, "d", images, range(K))
+            logged = float((folder / "log-d.csv").read_text().splitlines()[-1].split(",")[1])
     finally:
         gen_classify.common.make_net = make_net
         for name, function in real.items():
             setattr(gen_classify, name, function)
-    updates = []
+    updates, losses = [], []
     for net, new, inside, outside in zip(nets, d.nets, x, x_out):
         loss = (F.softplus(-net(inside)).mean() + F.softplus(net(outside)).mean()) / 2
+        losses.append(loss.item())
         gradient = torch.autograd.grad(loss, list(net.parameters()))
         old, moved = [nn.utils.parameters_to_vector(one.parameters()).detach() for one in (net, new)]
         updates.append((old, moved, torch.cat([part.flatten() for part in gradient])))
+    mean = sum(losses) / K
+    expect(abs(logged - mean) < 0.02 * mean,
+           f"of {K} d_k that are trained together the log has the loss {logged:.3f}; it was right before, the mean, {mean:.3f}")
     return updates
 
 

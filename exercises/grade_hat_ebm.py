@@ -84,7 +84,9 @@ def joint_step(hat_ebm, _):
     before = [part.clone() for part in state]
     x = (g + y)[:1]  # [1, 1, 2, 2]
 
-    z1, g1, y1 = hat_ebm.hat_step(state, H, G, made(hat_ebm, tau_z=0.3))
+    result = hat_ebm.hat_step(state, H, G, made(hat_ebm, tau_z=0.3))
+    expect(isinstance(result, (tuple, list)) and len(result) == 3, "a step must give three things: z, G(z) and y")
+    z1, g1, y1 = result
     expect(z1.shape == z.shape and g1.shape == y1.shape == y.shape,
            "a step must give z, G(z) and y, in the shapes they had")
     expect(all(torch.equal(old, new) for old, new in zip(before, state)),
@@ -96,10 +98,13 @@ def joint_step(hat_ebm, _):
              "it is that of H(G(z) + y) as z sees it, through G and with y on top, times tau_z^2/(2T)")
 
     z1, g1, y1 = hat_ebm.hat_step(state, H, G, made(hat_ebm, tau_y=0.2))
+    expect(all(torch.equal(old, new) for old, new in zip(before, state)),
+           "the step changes the tensors of the state that it was given; chains that walk on from there need them")
     expect(torch.equal(z1, z) and torch.equal(g1, g), "with tau_z = 0 z must stay as drawn, and G(z) with it: Eq. 6.9")
     noise_is((y1 - y).flatten(1), 0.2, "y")
     drift_is((y1 - y).mean(0), -0.2**2 / 2 * x[0] / t, 0.03, "y",
-             "it is that of H at the sum, times tau_y^2/(2T), each image by itself")
+             "it is that of H at the sum, times tau_y^2/(2T), each image by itself; CLIP limits this way, not the slope, "
+             "and a short way is left alone")
     y1 = hat_ebm.hat_step(state, Bowl(0.0), G, made(hat_ebm, tau_y=0.2, prior=3.0))[2]
     drift_is((y1 - y).mean(0), -0.2**2 / 2 * 2 * 3 * y[0], 0.1, "y under its prior alone",
              "U has prior |y|^2 as it stands: differentiate it, and mind that T divides H only")
@@ -151,7 +156,8 @@ def limits(hat_ebm, G):
     expect(abs((y - far).flatten(1).norm(dim=1).mean().item() - clip) < 0.5,
            "the limit holds for the whole slope of U, that of the prior included")
     wide = torch.zeros(2, 1, 28, 28)
-    y = hat_ebm.hat_step((state[0], wide, wide), Bowl(0.0), G, made(hat_ebm, tau_y=0.1))[2]
+    y = hat_ebm.hat_step((state[0], wide, wide), Bowl(0.0), lambda z: 0 * wide, made(hat_ebm, tau_y=0.1))[2]
+    expect(y.isfinite().all(), "where U has no slope y becomes nan: what is divided by its length?")
     expect(y.flatten(1).norm(dim=1).mean() > 2.5,
            "the noise of y is clipped too; only the way down the slope has a limit")
     z = hat_ebm.hat_step(state, Bowl(), G, made(hat_ebm, tau_z=1.0, t=1e-3))[0]
@@ -162,8 +168,9 @@ class Loop:
     """In place of common.Training."""
     it = 0
 
-    def __init__(self, *_, **__):
-        self.rows = []
+    def __init__(self, *_, **parts):
+        self.rows, self.parts = [], parts
+        Loop.last = self
 
     def updates(self, total, *_):
         return range(1, total + 1)
@@ -189,7 +196,7 @@ def taught(hat_ebm, pairs, updates):
 
         def forward(self, z):
             if torch.is_grad_enabled():
-                seen.append((now[0], z.detach()[:, 0].clone()))
+                seen.append((now[0], z.detach()[:, 0].clone(), self.shift._version))
             return z.view(-1, 1, 1, 1).expand(-1, 1, 2, 2) + self.shift
 
     def sample(hat, n, steps):
@@ -207,9 +214,21 @@ def taught(hat_ebm, pairs, updates):
     with mock.patch.multiple(hat_ebm, **fakes), mock.patch.object(hat_ebm.common, "make_net", small):
         hat = hat_ebm.train_hat(run, s, made(hat_ebm, updates=updates), data, "taught", pairs=pairs)
     losses = torch.tensor([row["loss_g"].item() for row in hat.log if "loss_g" in row])
-    marks = torch.stack([z for _, z in seen])
-    times = torch.tensor([t for t, _ in seen]).view(-1, 1)
+    learned = []  # the marks of each update, however many calls of G they came in
+    for t in range(1, updates + 1):
+        calls = [(z, version) for time, z, version in seen if time == t]
+        expect(len({version for _, version in calls}) == 1, "G takes more than one step in an update, or none")
+        learned.append(torch.cat([z for z, _ in calls]))
+        expect(len(learned[-1]) == 8, f"in an update G learns from {len(learned[-1])} pairs, not from a batch of 8")
+    marks = torch.stack(learned)
+    times = torch.arange(1, updates + 1).view(-1, 1)
     return times - marks.floor().clamp(min=0), marks, losses
+
+
+def saved():
+    """The bank that a checkpoint would hold has taken in what chains reached."""
+    expect(Loop.last.parts["bank_z"].max() > 0,
+           "the bank that Training saves stays as it was at first: a new tensor has taken its name; write into the old one")
 
 
 def intact(losses):
@@ -225,6 +244,7 @@ def bank(hat_ebm, _):
     ages, marks, losses = taught(hat_ebm, "historical", 60)
     intact(losses)
     expect(marks.max() > 0, "G learns from the bank's first pairs for ever: what chains reach never enters it")
+    saved()
     expect(ages.min() >= 1,
            "G learns from pairs that were made in this very update; exchange must give back the OLD ones")
     expect(len(marks.unique()) == marks.numel(),
@@ -240,19 +260,19 @@ def bank(hat_ebm, _):
 def mixed(hat_ebm, _):
     """hat_ebm-4: half of what G learns from is new, half from the bank, and nothing is learned twice."""
     ages, marks, losses = taught(hat_ebm, "mixed", 120)
-    expect(marks.shape[1] == 8,
-           f'with pairs="mixed" G learns from {marks.shape[1]} pairs in an update, not from a batch of 8')
     new = (ages == 0).sum(1)
     expect(new.min() < 8,
-           'all that G learns from is new: either train_hat takes a word that it does not know for "current", or what '
-           "leaves the bank is read only after it was overwritten")
+           'all that G learns from is new: nothing is added yet (train_hat takes a word that it does not know for '
+           '"current"), or what leaves the bank is read only after it was overwritten')
     expect((new == 4).all(),
            f'with pairs="mixed" {new.float().mean().item():.1f} of 8 pairs are new, not 4 in each update')
     intact(losses)
     expect(marks.max() > 1 and marks[20:][ages[20:] > 0].max() > 0,
            "the old half are the bank's first pairs for ever: what chains reach never enters it")
+    saved()
     expect(len(marks.unique()) == marks.numel(),
-           "G learns from the same pair twice: which half of the new ones must enter the bank, and in which rows?")
+           "G learns from the same pair twice: which half of the new ones must enter the bank, and in which rows? Were rows "
+           "drawn with replacement?")
     mean = ages[60:][ages[60:] > 0].mean().item()
     expect(abs(mean - 8) < 2, f"in a bank of 4 batches the old half are {mean:.1f} updates old on average, not about 8")
     for pairs, low, high in (("historical", 1, 60), ("current", 0, 0)):

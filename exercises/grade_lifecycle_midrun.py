@@ -68,14 +68,15 @@ def segmentation(lm, _):
            "TP 2, FP 2, FN 1 gives 4 / 6: so it does with FP x FN, which stands in the source's print, a misprint")
     expect(abs(first - 1) < 1e-5, f"a perfect mask has the Dice {first:.3f}")
     expect(abs(shifted - 4 / 7) < 1e-4 and abs(more - 6 / 8) < 1e-4,
-           f"TP 2, FP 2, FN 1 gives {shifted:.3f}, TP 3, FP 2, FN 0 gives {more:.3f}; both are in the page")
+           f"TP 2, FP 2, FN 1 gives {shifted:.3f}, TP 3, FP 2, FN 0 gives {more:.3f}; both are in the page. Is a background "
+           "pixel a hit?")
     (several,) = lm.dice(BIG[None], TWO[None]).tolist()
     expect(abs(several - 16 / 17) < 1e-4,
            f"TP 8, FN 1 in two classes gives {several:.3f}: count over all classes together, not Dice by Dice")
     wrong_class, half = lm.dice(torch.stack([OTHER, HALF]), true[:2]).tolist()
     expect(wrong_class == 0 and abs(half - 4 / 6) < 1e-4,
-           f"ink of a wrong class: Dice is {wrong_class:.3f} where all of it is wrong, {half:.3f} where one pixel of "
-           "three is; such a pixel is no hit, and counts in FP and in FN")
+           f"ink of a wrong class: Dice is {wrong_class:.3f} where all of it is wrong (should be 0), {half:.3f} where one "
+           "pixel of three is (.667); such a pixel is no hit, and counts in FP and in FN")
     (nothing,) = lm.dice(NONE[None], NONE[None]).tolist()
     expect(nothing == 0, f"where neither mask has ink Dice is {nothing}: what is the 1e-9 of Eq. 4.2 for?")
     judge(lm)

@@ -49,7 +49,7 @@ def area(ood_detect, _):
     data, out = torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([2.0, 0.0])
     counted = ood_detect.auroc(data, out)
     expect(abs(counted - 0.75) < 1e-4,
-           f"data (3, 2, 2, 1) against (2, 0) get {counted:.4f}, not .75: there are 4 x 2 pairs, as many as the "
+           f"data (3, 2, 2, 1) against (2, 0) get {counted:.4f}, not .75: is the side that is searched sorted? There are 4 x 2 pairs, as many as the "
            "product of both numbers of images")
     g = torch.Generator().manual_seed(3)
     for scale in (1.0, 1000.0, 0.001):

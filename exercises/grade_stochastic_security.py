@@ -206,16 +206,16 @@ def same(a, b):
 def compare(found, true, of_losses, clean, which):
     """What is wrong with a gradient [B, ...]."""
     expect(not same(found, -true), f"{which}: the gradient points DOWN the loss; ascend() wants the direction up")
-    expect(not same(found, of_losses),
+    expect(not any(same(found, factor * of_losses) for factor in (1, 3)),
            f"{which}: this is the gradient of the mean of the chains' losses; F_H is the mean of their logits")
     expect(not same(found, clean), f"{which}: the gradient of f is taken at the image, not at the ends of its chains")
     ratio = (found * true).sum() / true.square().sum()
     expect(same(found, true) or not same(found, ratio * true),
-           f"{which}: the gradient is {ratio:.2f} times that of the summed losses of F_H; a mean over the batch or a "
-           "second mean over chains, beside the one in F_H, makes it smaller")
+           f"{which}: the gradient is {ratio:.2f} times that of the summed losses of F_H; it is not normalised, and a mean "
+           "over the batch or a second mean over chains, beside the one in F_H, makes it smaller")
     expect(same(found, true),
            f"{which}: this is not the gradient of the loss of F_H; does each chain's gradient go to the image that the "
-           "chain began at?")
+           "chain began at, and each part's images have their own labels?")
 
 
 def gradient(ss, _):
@@ -231,7 +231,9 @@ def gradient(ss, _):
                                       (True, (at_ends * way).sum(0), (of_losses * way).sum(0), "whole chain")):
         for chunk in (250, 6, 2):
             defence, seen = defence_of(ss, f, chunk)
-            logits, found = defence.gradient(x.clone(), y, 3, whole)
+            result = defence.gradient(x.clone(), y, 3, whole)
+            expect(isinstance(result, (tuple, list)) and len(result) == 2, "gradient must return two things: F_H, gradient")
+            logits, found = result
             expect(found.shape == x.shape, f"{which}: for images {tuple(x.shape)} the gradient is {tuple(found.shape)}")
             expect(logits.shape == (4, 3), f"{which}: F_H of 4 images and 3 classes is {tuple(logits.shape)}")
             expect(set(seen.values()) == {3} and len(seen) == 4, f"{which}: not every image gets its H chains")
@@ -242,6 +244,12 @@ def gradient(ss, _):
             expect(not logits.requires_grad and not found.requires_grad,
                    f"{which}: what is returned still hangs on the graph of f: N steps would keep N graphs in memory")
     expect(f.scale.grad is None, "f's parameters have a gradient now: ask for the gradient at the ends alone")
+    expect(f.scale.requires_grad, "f's parameters can no longer learn: requires_grad is left off")
+    defence, _ = defence_of(ss, f, 250)
+    defence.loss = lambda F_H, y: 3 * F_H[:, 0].sum()  # what another defence climbs
+    inside = x.clone().requires_grad_(True)
+    climbed = defence.gradient(x.clone(), y, 3)[1]
+    expect(not same(climbed, at_ends.sum(0)), "the loss is not asked of self.loss(F_H, y), which is what an attack climbs")
     F_1, found = ss.Defence(f).gradient(x, y, 3)  # no chain: K = 0
     expect(same(F_1, f(x)) and same(found, clean), "without chains (K = 0) the gradient is not that of f itself")
 

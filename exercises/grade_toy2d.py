@@ -2,7 +2,7 @@
 import math
 
 import torch
-from kit import Exercise, expect, put, take_out, unchanged
+from kit import Exercise, expect, number, put, take_out, unchanged
 
 
 def reach(toy2d, answers):
@@ -11,7 +11,7 @@ def reach(toy2d, answers):
         f = lambda x: -slope * x.norm(dim=1)  # noqa: E731
         end = toy2d.pgd_2d(f, torch.tensor([[3.0, 0.0]]), 14, 0.12)
         left = end.norm().item()
-        said = answers[name]
+        said = number(answers, name)
         expect(abs(said - left) < 0.05,
                f"{name}: after 14 steps the point is {left:.2f} away from the data, not {said}; a step of Eq. 2.8 divides "
                "the gradient by its length, so how steep f is does not matter")
@@ -22,25 +22,44 @@ def langevin(toy2d, _):
     x = torch.tensor([[1.0, -2.0]]).repeat(20000, 1)
     pull = lambda x: -3 * x.pow(2).sum(1) / 2  # noqa: E731 (its gradient is -3 x)
     torch.manual_seed(0)
-    step = toy2d.langevin_2d(pull, x, 1, 0.2) - x
+    given = x.clone()
+    end = toy2d.langevin_2d(pull, given, 1, 0.2)
+    expect(torch.equal(given, x), "langevin_2d changes its own x in place: the caller still needs those points")
+    expect(end is not None, "langevin_2d gives None: is a `return` missing?")
+    step = end - x
     expect(step.shape == x.shape, f"a step of points {tuple(x.shape)} gives {tuple(step.shape)}")
-    expect(step.std(0).max() > 0.02, "there is no noise in a step: nothing random is added")
+    expect(step.abs().max() > 0, "with steps = 1 no point moves: how many steps does the loop take?")
+    expect(not torch.equal(end, toy2d.langevin_2d(pull, x.clone(), 1, 0.2)),
+           "there is no noise in a step: nothing random is added")
+    expect((step - step[:1]).abs().max() > 1e-6, "all points get the same noise: draw it for each point")
+    expect(step[:, 0].sub(step[:, 0].mean()).sub(step[:, 1] - step[:, 1].mean()).abs().max() > 1e-4,
+           "both coordinates of a point get the same noise")
     noise = step.std(0).mean().item()
     expect(abs(noise - 0.2) < 0.01,
            f"the noise of a step has the standard deviation {noise:.3f}, not 0.2: N(0, lambda) has the VARIANCE lambda, "
            "which is noise^2")
     drift = step.mean(0)
     should = 0.2 ** 2 / 2 * torch.tensor([-3.0, 6.0])
-    expect((drift * should > 0).all(), "the drift goes down f: the chain must climb f, the log density")
     ratio = (drift / should).mean().item()
+    expect(abs(ratio) > 0.05,
+           "there is no drift, or next to none: is the gradient in the step, and is it that of the SUM of f over points?")
+    expect(ratio > 0, "the drift goes down f: the chain must climb f, the log density")
     expect(abs(ratio - 1) < 0.1, f"the drift is {ratio:.2f} times lambda/2 grad f")
     torch.manual_seed(1)
     ten = toy2d.langevin_2d(pull, x, 10, 0.2)
     wanted = (1 - 3 * 0.02) ** 10
-    expect(abs(ten.mean(0)[0].item() - wanted) < 0.05, "ten steps are not ten times one: is `steps` used?")
-    weights = [torch.ones(2, requires_grad=True)]
-    toy2d.langevin_2d(lambda x: (x * weights[0]).sum(1), x[:2], 2, 0.2)
-    expect(weights[0].grad is None, "the chain leaves a gradient in f's parameters: take input_gradient")
+    expect(abs(ten.mean(0)[0].item() - wanted) < 0.05,
+           "ten steps are not ten times one: is `steps` used, and is the gradient taken anew at each?")
+    spread = ten.std(0).mean().item()
+    wanted = 0.2 * math.sqrt(sum((1 - 3 * 0.02) ** (2 * t) for t in range(10)))
+    expect(abs(spread - wanted) < 0.02,
+           f"after ten steps from one place the deviation is {spread:.2f}, not {wanted:.2f}: every step has noise, and "
+           "noise of its own")
+    weights = torch.ones(2, requires_grad=True)
+    end = toy2d.langevin_2d(lambda x: (x * weights).square().sum(1), x[:2].clone(), 2, 0.2)
+    expect(weights.grad is None, "the chain leaves a gradient in f's parameters: take input_gradient")
+    expect(not end.requires_grad, "what is returned still hangs on the graph of f: a loss of it would train f through "
+                                  "the chain; cut it off with input_gradient or detach")
 
 
 def bank(toy2d, _):

@@ -119,9 +119,19 @@ def test_start_makes_a_copy_and_never_overwrites(tmp_path, begin):
     (out / "toy2d.py").write_text(mine)
     code, _, err = begin("toy2d-3", "--out", out)
     assert code == 2 and err.count("\n") == 1 and "another --out" in err
+    assert "was made for exercise toy2d-2" in kit.grade(EXERCISES["toy2d-3"], out)  # not graded as another's work
+    assert "nothing is filled in" in kit.grade(EXERCISES["toy2d-2"], out)
     assert (out / "toy2d.py").read_text() == mine
     _, said, _ = begin("toy2d-1", "--out", tmp_path / "answers")
     assert "STEEP = None" in (tmp_path / "answers" / "answers.py").read_text() and "answers.py" in said
+
+
+def test_each_exercise_has_a_folder_of_its_own(tmp_path, begin, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy2d-2", "toy2d-3"):
+        code, said, _ = begin(name)
+        assert code == 0 and "--work" not in said and (tmp_path / "my_work" / name / "toy2d.py").exists()
+    assert "my_work/" in (ROOT / ".gitignore").read_text().split()
 
 
 def test_start_lists_and_refuses_what_it_does_not_know(tmp_path, begin):
@@ -198,9 +208,21 @@ def test_an_error_in_the_student_s_code_is_one_sentence(tmp_path):
     sentence = kit.grade(exercise, folder)
     assert "NameError" in sentence and "toy2d.py, line" in sentence and "\n" not in sentence
     (folder / "toy2d.py").write_text("def (")
-    assert "SyntaxError" in kit.grade(exercise, folder)
+    assert "SyntaxError" in kit.grade(exercise, folder) and "importlib" not in kit.grade(exercise, folder)
+    inside = "def langevin_2d(f, x, steps, noise):\n    return torch.autograd.grad(x.sum(), x)[0]"  # an error inside torch
+    file = work(tmp_path / "inside", exercise, {"langevin_2d": inside}) / "toy2d.py"
+    line = [i for i, text in enumerate(file.read_text().splitlines(), 1) if "autograd.grad(x.sum(), x)" in text]
+    assert f"(toy2d.py, line {line[0]})" in kit.grade(exercise, file.parent)
+    exercise = EXERCISES["adv_detect-4"]
+    folder = work(tmp_path / "word", exercise, {})
+    answers = "ADAM_Z = ADAM_L = SIGN_L = .01\nSIGN_SURE = 0\nREPAIR = 'logit'\nVERDICT = "
+    for text, says in (("blind", "quotes"), ("'blind'\nADAM_L = 'little'", "ADAM_L: write a number"),
+                       ("'blind'\nADAM_Z = .51", "a distance")):
+        (folder / "answers.py").write_text(answers + text)
+        assert says in kit.grade(exercise, folder)
     exercise = EXERCISES["toy2d-1"]
     folder = work(tmp_path / "answers", exercise, {})
     for text in ("STEEP = steep", 'STEEP, FLAT = "far", "near"'):
         (folder / "answers.py").write_text(text)
-        assert "Error" in kit.grade(exercise, folder) and "\n" not in kit.grade(exercise, folder)
+        said = kit.grade(exercise, folder)
+        assert ("quotes" in said or "write a number" in said) and "\n" not in said

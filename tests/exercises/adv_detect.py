@@ -120,7 +120,7 @@ SOLUTIONS = {
     "adv_detect-4": Solution(
         right=[claim(), claim(ADAM_L=0.01 * 1.389e-11 / 1.0014e-8, SIGN_SURE=0.0, VERDICT="Blind", REPAIR=" logit")],
         wrong=[wrong("ADAM_Z", **claim(ADAM_Z=0.001)), wrong("not 0", **claim(ADAM_L=0)),
-               wrong("denominator", **claim(ADAM_L=0.01)), wrong("sigmoid(z) times", **claim(ADAM_L=1.4e-13)),
+               wrong("denominator", **claim(ADAM_L=0.01)), wrong("to two digits", **claim(ADAM_L=1.4e-13)),
                wrong("SIGN_L", **claim(SIGN_L=0)), wrong("float32", **claim(SIGN_SURE=0.01)),
                wrong("not move", **claim(VERDICT="robust")), wrong("counted rightly", **claim(VERDICT="miscounted")),
                wrong("three words", **claim(VERDICT="yes")), wrong("next to nothing", **claim(REPAIR="steps")),

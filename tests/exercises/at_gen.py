@@ -135,8 +135,8 @@ SOLUTIONS = {
                wrong("f's parameters", pgd_attack_step=LEAKING_STEP)]),
     "at_gen-3": Solution(
         right=[r1(), r1("0.5 * gradient.square().sum() / len(x)"), {"swaps": [("retain_graph", "create_graph")]}],
-        wrong=[wrong("constant", **r1(gradient=SLOPE.replace("create", "retain"))),
-               wrong("constant", **r1("gradient.detach().pow(2).flatten(1).sum(1).mean() / 2")),
+        wrong=[wrong("every gamma", **r1(gradient=SLOPE.replace("create", "retain"))),
+               wrong("every gamma", **r1("gradient.detach().pow(2).flatten(1).sum(1).mean() / 2")),
                wrong("is 2 times", **r1("gradient.pow(2).flatten(1).sum(1).mean()")),
                wrong("is 0.25 times", **r1("gradient.pow(2).flatten(1).mean(1).mean() / 2")),
                wrong("is 3 times", **r1("gradient.pow(2).sum() / 2")),

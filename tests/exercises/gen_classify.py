@@ -104,6 +104,7 @@ SOLUTIONS = {
         wrong=[wrong("not trained at all", **swapped((BACKWARD, "loss[0].backward()"))),
                wrong("weight decay is", **swapped((OPTIMIZER, OPTIMIZER.replace("s.lr", "s.lr * len(nets)")))),
                wrong("moves along 5.00", **swapped((BACKWARD, "(10 * loss.mean()).backward()"))),
+               wrong("the log has the loss", **swapped((BACKWARD, "loss = loss.sum(); loss.backward()"))),
                wrong("moves along 2.00", **swapped((BACKWARD, "(inside + outside).sum().backward()"))),
                wrong("moves along 2.00", **swapped((BACKWARD, "(len(nets) * loss.sum()).backward()"))),
                wrong("not trained at all", **swapped((BACKWARD, "loss.amax().backward()")))]),

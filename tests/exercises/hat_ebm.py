@@ -100,6 +100,11 @@ def mixed(*lines):
     return {"swaps": [('elif pairs == "inferred":', MIXED.format(body="\n                ".join(lines)))]}
 
 
+ALWAYS_G = {"hat_step": STEP.format(**USUAL).replace("        g = G(z)\n", "    g = G(z)\n")}
+Y_IN_PLACE = {"hat_step": STEP.format(**USUAL).replace("y = y - down +", "y += -down +")}
+NO_GUARD = step(clip="size = lengths(down).view(-1, 1, 1, 1); down = down / size * size.clamp(max=CLIP)")
+
+
 def spread(**changes):
     return {"answers": {"FREE": 2.236, "PEER": 1.0, "RESIDUAL": 0.05, "STEEP": 5.0, **changes}}
 
@@ -117,10 +122,12 @@ SOLUTIONS = {
                wrong("which density", **spread(PEER=2.236)),
                wrong("of which variance", **spread(RESIDUAL=1 / 200 ** 0.5)),
                wrong("T divides H", **spread(RESIDUAL=5e-4)), wrong("CLIP", **spread(STEEP=1.25)),
-               wrong("must be a number", **spread(STEEP="5"))]),
+               wrong("write a number", **spread(STEEP="CLIP"))]),
     "hat_ebm-2": Solution(
-        right=[step(), {"hat_step": ANOTHER}, step(slope_z="m.t ** -1 * input_gradient(lambda z: H(y + G(z)), z)")],
-        wrong=[wrong("drift of z goes up", **step(sign="+")), wrong("drift of z is not", **step(two="1")),
+        right=[step(), {"hat_step": ANOTHER}, ALWAYS_G, step(slope_z="m.t ** -1 * input_gradient(lambda z: H(y + G(z)), z)")],
+        wrong=[wrong("changes the tensors", **Y_IN_PLACE), wrong("nan", **NO_GUARD),
+               wrong("three things", **{"hat_step": STEP.format(**USUAL).replace("return z, g, y", "return z, y")}),
+               wrong("drift of z goes up", **step(sign="+")), wrong("drift of z is not", **step(two="1")),
                wrong("with y on top", **step(slope_z="input_gradient(lambda z: H(G(z)), z) / m.t")),
                wrong("along it 0.50", **step(slope_z="input_gradient(lambda z: H(G(z) + y), z)")),
                wrong("drift of z", **step(slope_z="input_gradient(lambda z: H(G(z) + y), z) / m.t + z")),

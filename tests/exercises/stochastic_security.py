@@ -77,7 +77,7 @@ def gradient(self, x, y, H, whole=False):
             ends.append(end.detach().clone().requires_grad_(True))
         with torch.enable_grad():
             F_H = sum(self.f(end) for end in ends) / H
-            loss = F.cross_entropy(F_H, label)
+            loss = self.loss(F_H, label)
         slopes = torch.autograd.grad(loss, ends)
         if whole:
             slopes = [self.back(slope, way) for slope, way in zip(slopes, ways)]
@@ -137,10 +137,13 @@ SOLUTIONS = {
                    verdict="defence.logits(x[broken], attack.H_def).argmax(2).mode(0).values")),
                wrong("goes on being attacked", **ATTACKS_ON)]),
     "stochastic_security-3": Solution(
-        right=[gradient(), {"Defence.gradient": OTHER_GRADIENT},
-               gradient(loss='F.cross_entropy(F_H, y, reduction="sum")')],
+        right=[gradient(), {"Defence.gradient": OTHER_GRADIENT}],
         wrong=[wrong("mean of the chains' losses",
                      **gradient('F.cross_entropy(each.flatten(0, 1), y.repeat(H), reduction="sum") / H')),
+               wrong("mean of the chains' losses",
+                     **gradient('F.cross_entropy(each.flatten(0, 1), y.repeat(H), reduction="sum")')),
+               wrong("self.loss", **gradient(loss='F.cross_entropy(F_H, y, reduction="sum")')),
+               wrong("two things", **gradient(result="gradient.unflatten(0, (H, len(x))).sum(0)")),
                wrong("0.25 times", **gradient("F.cross_entropy(F_H, y)")),
                wrong("0.33 times", **gradient(result=RESULT.replace("sum(0)", "mean(0)"))),
                wrong("DOWN", **gradient("-self.loss(F_H, y)")),

@@ -8,6 +8,13 @@ def langevin_2d(f, x, steps, noise):
         x = x + {drift} * input_gradient(f, x) + {noise} * torch.randn_like(x)
     return x
 '''
+BODY = """
+def langevin_2d(f, x, steps, noise):
+    {first}
+    for _ in range(steps):
+        {step}
+    return {give}
+"""
 OTHER_LANGEVIN = '''
 def langevin_2d(f, x, steps, noise):
     lam = noise ** 2
@@ -45,6 +52,17 @@ def langevin(drift="noise ** 2 / 2", noise="noise"):
     return {"langevin_2d": LANGEVIN.format(drift=drift, noise=noise)}
 
 
+def body(step="x = x + noise ** 2 / 2 * input_gradient(f, x) + noise * torch.randn_like(x)", first="pass", give="x"):
+    """langevin_2d with another line."""
+    return {"langevin_2d": BODY.format(first=first, step=step, give=give)}
+
+
+DRIFT = "x = x + noise ** 2 / 2 * input_gradient(f, x)"
+GRAPH = ("x = x if x.requires_grad else x.requires_grad_(); "
+         "g = torch.autograd.grad(f(x).sum(), x, create_graph=True)[0]; "
+         "x = x + noise ** 2 / 2 * g + noise * torch.randn_like(x)")
+
+
 def bank(begin="bank[places]", keep="bank[places] = end", give="end"):
     return {"persistent_chains": BANK.format(begin=begin, keep=keep, give=give)}
 
@@ -59,8 +77,21 @@ SOLUTIONS = {
         wrong=[wrong("STEEP", answers={"STEEP": 0.0, "FLAT": 1.32}), wrong("FLAT", answers={"STEEP": 1.32, "FLAT": 3.0}),
                wrong("STEEP", answers={"STEEP": 1.68, "FLAT": 1.68}), wrong("no answer", answers={"STEEP": 1.32})]),
     "toy2d-2": Solution(
-        right=[langevin(), {"langevin_2d": OTHER_LANGEVIN}],
+        right=[langevin(), {"langevin_2d": OTHER_LANGEVIN},
+               body(DRIFT + " + kicks[_]", "kicks = noise * torch.randn(steps, *x.shape)"),
+               body("x.add_(noise ** 2 / 2 * input_gradient(f, x)).add_(noise * torch.randn_like(x))",
+                    "x = x.detach().clone()")],
         wrong=[wrong("drift is 2.0", **langevin("noise ** 2")), wrong("VARIANCE", **langevin(noise="noise ** 2")),
+               wrong("every step has noise", **body(DRIFT, give="x + noise * torch.randn_like(x)")),
+               wrong("noise of its own", **body(DRIFT + " + noise * z", "z = torch.randn_like(x)")),
+               wrong("both coordinates", **body(DRIFT + " + noise * torch.randn(len(x), 1)")),
+               wrong("same noise", **body(DRIFT + " + noise * torch.randn(2)")),
+               wrong("graph", **body(GRAPH, "x = x.clone()")), wrong("`return`", **body(give="None")),
+               wrong("in place", **body("x += noise ** 2 / 2 * input_gradient(f, x) + noise * torch.randn_like(x)")),
+               wrong("how many steps", **{"langevin_2d": body()["langevin_2d"].replace("(steps)", "(steps - 1)")}),
+               wrong("SUM", **langevin("noise ** 2 / 2 / len(x)")),
+               wrong("anew", **body(DRIFT.replace("input_gradient(f, x)", "g") + " + noise * torch.randn_like(x)",
+                                    "g = input_gradient(f, x)")),
                wrong("no noise", **langevin(noise="0")), wrong("climb", **langevin("-noise ** 2 / 2")),
                wrong("VARIANCE", **langevin("noise / 2", "noise ** 0.5")),
                wrong("ten times", langevin_2d=LANGEVIN.format(drift="noise ** 2 / 2", noise="noise").replace("steps)", "1)", 1)
