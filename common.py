@@ -1,7 +1,6 @@
 r"""What the scripts share: the machinery of a run, data, and network architectures. Nothing of any method.
 
 The names that you meet in a script, and may take on trust:
-
     settings, parse_args      the table of settings, and the command line made from it
     Run, experiments, once    a run's folder; its tables and figures; a thing made when first needed
     Training                  around a training loop: checkpoint, resume, log, time left, stop on divergence
@@ -72,7 +71,6 @@ class Diverged(Exception):
 # --- settings and the command line --------------------------------------------------------------------------
 def settings(columns, smoke, **rows):
     """A script's table of settings -> {(data set, budget): an instance of one dataclass}.
-
     columns: headings, "glyphs" or, for data sets alike, "cifar10 cifar100": what budget quick runs with;
     NAME-paper: the source's settings. A row is a setting: a value for each column (or one for all), then its
     help. smoke: what budget smoke changes in quick.
@@ -262,7 +260,6 @@ class once(functools.partial):
 
 class Run:
     """A run's folder OUT/SCRIPT-DATASET: config.json, log-*.csv, checkpoints, pictures, results.json.
-
     .seed, .device, .chunk, .data_dir, .smoke (learns nothing): of the command line. .shared: a folder for
     what several scripts train alike. about: what else each result is to say (p0="letters").
     """
@@ -412,7 +409,16 @@ class Training:
                 part.load_state_dict(state[key])
 
     def updates(self, total, unit="update", done=None):
-        """Count it = 1 ... total. done(it): share of the work, where updates differ in cost."""
+        """Count it = 1 ... total. done(it): share of the work. Ctrl-C: this update ends, and is saved."""
+        asked = []
+        note = lambda *about: signal.default_int_handler(*about) if asked else asked.append(about)
+        usual = signal.signal(signal.SIGINT, note)
+        try:
+            yield from self._updates(total, unit, done, asked)
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    def _updates(self, total, unit, done, asked):
         if self.finished or total == 0:
             return
         print(f"{self.name}: {total - self.it} {unit}s", flush=True)
@@ -435,9 +441,11 @@ class Training:
                 last = [f"{k} {v:6.4g}" for k, v in self.rows[-1].items() if k not in ("it", "seconds")]
                 text = "" if self.finished else f", {left:.0f} s left"
                 print(f"{it:6d}/{total}  {'  '.join(last)}  {self.seconds:.0f} s{text}", flush=True)
-            if self.finished or time.time() - saved > self.SAVE_SECONDS:
+            if self.finished or asked or time.time() - saved > self.SAVE_SECONDS:
                 self._save()
                 saved = time.time()
+            if asked:
+                raise KeyboardInterrupt
             if self.finished:
                 return
 
@@ -514,7 +522,6 @@ def input_gradient(function, x):
 
 def repeat(step, x, n, *arguments):
     """x = step(x, *arguments), n times -> the last x: a tensor, or a tuple of tensors.
-
     The plain loop on a CPU. On a GPU the step is recorded once as a CUDA graph and replayed, because small
     networks are bound by the launches of their kernels. Tensors are then padded by at most an eighth; other
     arguments must be the same objects again: networks and numbers, not new lambdas.
@@ -679,7 +686,6 @@ class Images:
 
 def load_images(name, split="train", data_dir="data", channels=None, side=None):
     """A data set by name -> Images or, for folders of large pictures, Pictures; UserError where that fails.
-
     split: train or test. channels, side: what the script asks for; grey is repeated, colour averaged.
     """
     data_dir = Path(data_dir)
@@ -739,7 +745,6 @@ def batch_index(n, size, seed, t):
 
 def batches(images, size, seed, start=0, augment="none", device="cpu", workers=2):
     """Endless shuffled batches: an iterator of float32 [size, C, H, W] in [0, 1] and the indices [size].
-
     Batch t depends on (seed, t) alone: a run resumed at `start` sees the images that it would have seen.
     augment: none; of Images crop (after padding by 4) or crop_flip; of Pictures a name of CROPS (and flip).
     """
@@ -797,7 +802,6 @@ def _made_here(name, split, channels=1, side=28):
 
 def render_glyphs(chars, fonts, n, seed, side=28):
     """n random characters -> uint8 [n, 1, side, side] (white on black), labels int64 [n] (index in `chars`).
-
     Random font, size (16 to 22 pixels of 28), rotation (12 degrees), shear (.15), shift (2 pixels). NumPy's
     frozen stream, a warp in float64: the same bytes wherever matplotlib (its fonts) is the same.
     """
@@ -863,7 +867,6 @@ CROPS = {  # random-resized-crops of large pictures: relative area, aspect, prob
 
 class Pictures(torch.utils.data.Dataset):
     """A data set of large pictures in files, read when needed; indexed by i or by (i, crop, seed).
-
     folders: for each file the name of its class folder, or None; classes: those of the train split.
     """
     def __init__(self, files, folders, classes, side, name):
@@ -952,7 +955,6 @@ SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "va
 
 def _picture_files(folder, split):
     """A folder of pictures -> files of the split, sorted; the class folder of each, or None; train's classes.
-
     Sub-folders named as in SPLITS hold the splits. Where there is none, a tenth of the files is to test,
     chosen by a hash of their names.
     """
@@ -1318,7 +1320,6 @@ def make_net(name, outputs, shape, width=1.0):
 def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, augment="none", noise=0.0,
                      adversary=None, made_from=None, shared=False):
     """A classifier of labelled Images -> the network, in eval mode, with frozen weights.
-
     build() makes the untrained network. Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9,
     weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as batches;
     noise: deviation of Gaussian noise on images. adversary(model, x, y) -> x: attacks each batch (adversarial

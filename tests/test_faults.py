@@ -137,14 +137,16 @@ def at_file(name, count, number, torn=False):
     os.replace = struck
 
 
-def at_update(name, count, number):
-    """A signal in the middle of the count-th update of a training."""
+def at_update(name, count, number, times=1, seconds=-1):
+    """A signal, or several, in the middle of the count-th update of a training; seconds: between two checkpoints."""
     import common
+    common.Training.SAVE_SECONDS = seconds
     log = common.Training.log
 
     def struck(self, **numbers):
         if self.name == name and self.it == count - 1:  # updates that are done
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         log(self, **numbers)
     common.Training.log = struck
 
@@ -305,15 +307,18 @@ def test_a_run_that_is_killed_twice_goes_on(commands, unbroken, tmp_path, script
 
 
 @pytest.mark.parametrize("script", ["at_gen", "gen_classify", "stochastic_security"])
-def test_ctrl_c_in_a_training_keeps_what_was_saved(commands, unbroken, tmp_path, script):
+def test_ctrl_c_in_a_training_saves_the_update(commands, unbroken, tmp_path, script):
+    """Although no checkpoint was due. A second Ctrl-C in the same update does not wait for its end."""
     import torch
     whole, written = unbroken(script)
     training, files = random.Random(script).choice(list(stages(written)[0].items()))
-    count = sum(name == f"{training}.pt" for _, name, _ in files)  # the last update
-    stopped = commands.short(script, tmp_path, fault="at_update", name=training, count=count, number=signal.SIGINT)
-    assert says(stopped, 130, f"{script}.py: interrupted")
-    file, = tmp_path.rglob(f"{training}.pt")
-    assert torch.load(file, weights_only=True)["it"] == count - 1 and not list(tmp_path.rglob("*.tmp"))
+    last = sum(name == f"{training}.pt" for _, name, _ in files)
+    how = {"fault": "at_update", "name": training, "number": signal.SIGINT}
+    for count, times, kept in ((1, 1, 1), (last, 2, last - 1)):
+        stopped = commands.short(script, tmp_path, **how, count=count, times=times, seconds=1e9 if times == 1 else -1)
+        assert says(stopped, 130, f"{script}.py: interrupted")
+        file, = tmp_path.rglob(f"{training}.pt")
+        assert torch.load(file, weights_only=True)["it"] == kept and not list(tmp_path.rglob("*.tmp"))
     assert commands.short(script, tmp_path) == (0, "") and alike(tmp_path, whole, script)
 
 
