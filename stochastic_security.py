@@ -36,11 +36,10 @@ Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2 (without whole chain)
     python stochastic_security.py --dataset cifar10   no GPU: four classes, an hour; BPDA .53, whole chain .35
     python stochastic_security.py --only gradients    why the whole-chain attack sees more than BPDA
-The log. d hovers near 0 and does not fall, as chains follow the energy. drift: the gradient's part of a
-step over the noise's, well below 1 in a model that samples. spread: of the bank's pixels.
-Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). Broken images leave the batch.
-AT (adversarial training: f trained on PGD images) attacks in eval mode; SVHN's from the first epoch on, its
-rates drop at 40, not 20 %. Figure 2.2's long runs: 200 times --k-train steps (20,000; source: 100,000).
+The log. d stays near 0; drift: a step's gradient part over its noise, below 1; spread: of the bank's pixels.
+Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). AT (adversarial training, by PGD
+images) attacks in eval mode; on SVHN from the first epoch on, and rates drop at 40, not 20 %. Figure 2.2's
+long runs are 200 times --k-train steps (20,000; source: 100,000).
 """
 import math
 import time
@@ -421,8 +420,8 @@ def gradients(run, s, defence, x, y, attack):
             rows.append(value(f"share left of a {kind} change", share.item(), steps=steps))
     start = attack.ball.start(x)
     for name, whole in (("BPDA", False), ("whole chain", True)):
-        direction = defence.gradient(start, y, s.h_adv, whole)[1].sign()
-        seconds[name] = seconds_of(lambda: defence.gradient(start, y, s.h_adv, whole)[1])
+        climb = lambda: defence.gradient(start, y, s.h_adv, whole)[1]
+        direction, seconds[name] = climb().sign(), seconds_of(climb)
         for length in (0, s.eps / 4, s.eps / 2, s.eps):
             torch.manual_seed(run.seed)  # the same noise for all of them
             F_H = defence.logits(start + length * direction, 2 * s.h_def).mean(0)
@@ -458,9 +457,10 @@ def margin(logits, y):
 def figure_2_3(run, s, defence, y, bpda):
     """Margins of F_H of a borderline and a clear image after the attack: what few chains would say."""
     logits = defence.logits(bpda.x, s.h_def)  # [H_def, n, classes]
-    same = logits.softmax(2).mean(0).argmax(1) == logits.mean(0).argmax(1)
+    F_H = logits.mean(0)
+    same = logits.softmax(2).mean(0).argmax(1) == F_H.argmax(1)
     rows, panels = [rate("mean softmax outputs (2.11) give the same class", same)], {}
-    order = margin(logits.mean(0), y).abs().argsort()
+    order = margin(F_H, y).abs().argsort()
     for name, i in (("borderline", order[0]), ("clear", order[-1])):
         chains = defence.logits(bpda.x[i : i + 1], 30 * s.h_def)[:, 0]  # [30 H_def, classes]
         margins = {}
