@@ -30,7 +30,7 @@ The log: half of (3.23), .693 at first; mean logits z_pos of clean, z_neg of att
 Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide
 ResNet, WRN-34-10 (source: a variant of it), best weights chosen on validation images (author's code: test
 images). Eq. 3.34: maximum over y and K + 1, as in the author's code; table 3.6: its c, on MNIST older steps.
-Of an attack every image on its way is judged, and the worst counts (source: the last one).
+AUCs and figure 3.2: an attack is judged at each of its steps, and the worst counts (source: the last).
 """
 import copy
 import math
@@ -63,7 +63,7 @@ SETTINGS = common.settings(
     f_iters=(400, 2000, 6000, 18_750, 80_000, "updates of f"),
     at_iters=(4000, 1500, 3000, 30_000, 80_000, "updates of the robust softmax classifier"),
     images=(500, 500, 1000, 10_000, 10_000, "test images under attack"),
-    few=(200, 200, 300, 10_000, 10_000, "of these, in table 3.6, under very long attacks and with restarts"),
+    few=(200, 200, 300, 10_000, 10_000, "of these under long attacks and restarts; table 3.6: few / K"),
     restarts=(10, 10, 10, 50, 10, "random starts of table 3.5"),
 )
 
@@ -177,14 +177,14 @@ def begin(x0, start):
     """The state of attack_step() at `start`."""
     if not 0 <= x0.min() <= x0.max() <= 1:
         raise ValueError("an attack wants images in [0, 1]")
-    return start, 0 * x0, 0 * x0, torch.zeros((), dtype=torch.float64, device=x0.device)
+    return start, 0 * x0, 0 * x0, x0.new_zeros((), dtype=torch.float64)
 
 def minimise(loss, x0, a, start, *about):
     """PGD: a.steps from `start` to images near x0 [..., C, S, S] whose loss(x, *about) [...] is low."""
     return repeat(attack_step, begin(x0, start), a.steps, loss, x0, a, *about)[0]
 
 def judged(judge, loss, x0, a, start, *about):
-    """The same attack -> judge(x) [n, ...] of each image on its way, start included: [n, ..., steps + 1]."""
+    """minimise(), but -> judge(x) [...] at the start and after each step: [..., steps + 1]."""
     state = begin(x0, start)
     seen = [judge(project(start, x0, a))]
     for _ in range(a.steps):
@@ -378,12 +378,13 @@ def bootstrap_interval(statistic, *samples):
 
 @seeded
 def attacked_scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
-    """Logits of clean images of each class [K, P], of n attacked others [K, n]: the largest on any way."""
+    """Logits of clean images of each class [K, P]; of n attacked others [K, n], the largest at any step.
+    starts: random starts of each attack; 0: it starts at the image itself."""
     K = model.H.K
     def attacked(x0):
         tried = []
         for a in attacks:
-            for _ in range(starts or 1):  # starts = 0: once, from the image itself
+            for _ in range(starts or 1):
                 start = scattered(x0, a) if starts else x0
                 z = judged(partial(logits, model.H), loss, x0, a, start, model.fast)
                 tried.append(z.amax(-1))
@@ -403,7 +404,7 @@ def threshold(z, tpr):
 
 def smallest_perturbation(model, T, a, c_max, x0, y):
     """Least l_2 length that makes x0[k], pushed towards k, misread and accepted, or inf: [K, n]."""
-    c = 0.0 * y  # weight of the length in near_loss
+    c = torch.zeros_like(y, dtype=torch.float32)  # weight of the length in near_loss
     sizes = []
     for i in range(20):  # c is bisected, from 0 on: up after a success, else down
         x = minimise(near_loss, x0, a, x0, model.fast, x0, c)
@@ -421,12 +422,11 @@ def auc_rows(run, pairs, images, n, title, change=lambda a: [a], loss=logit_loss
     for name, model in pairs.items():
         attacks = change(model.check)
         scores = attacked_scores(run, model, images, attacks, n, loss, **starts)
-        a = attacks[0]
+        how = {"steps": attacks[0].steps, "step": attacks[0].step} if len(attacks) == 1 else {}
         for k, (clean, attacked) in enumerate(zip(*scores)):
+            row = value(f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), **how, **starts)
             interval = bootstrap_interval(auroc, clean, attacked)
-            row = value(f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), interval=interval)
-            row.update(clean=len(clean), n=len(attacked))
-            rows.append({**row, "steps": a.steps, "step": a.step, **starts})
+            rows.append({**row, "interval": interval, "clean": len(clean), "n": len(attacked)})
     return rows
 
 def table_3_1(models, setups):
@@ -465,25 +465,27 @@ def table_3_5(run, s, pairs, test):
     return rows + auc_rows(run, pairs, test, s.few, "random starts", starts=s.restarts)
 
 def table_3_6(run, s, models, test, source):
-    """Smallest l_2 perturbations that are misread and accepted (TPR .95). CIFAR-10: Tab. 3.11.
+    """Mean l_2 of the smallest perturbations that are misread and accepted (TPR .95). CIFAR-10: Tab. 3.11.
 
-    Each image is pushed towards each class. "one target": all these ways count, as the source picks one for
-    each image. "shortest": an attacker would take the best class.
+    "one target": over all pairs of an image and a wrong class (the source draws one class for each image).
+    "shortest": over images, each with its easiest class.
     """
     rows = []
-    c_max = 65025.0 if test.shape[0] == 3 else 8.0  # the author's code: 1 for pixels from 0 to 255 (255^2); 8
+    c_max = 65025.0 if test.shape[0] == 3 else 8.0  # author's code: 8; 1 for pixels from 0 to 255 (255^2)
     for name, model in models.items():
         K = model.H.K
         x, y = together(test, [torch.arange(len(test))] * K, max(s.few // K, 1))
         z_clean = logits(model.H, test.take(slice(None))).amax(1)
-        T = threshold(z_clean, 0.95)
-        search = partial(smallest_perturbation, model, T, source["table3.6"], c_max)
+        search = partial(smallest_perturbation, model, threshold(z_clean, 0.95), source["table3.6"], c_max)
         size = by_images(search, run.chunk // K + 1, x, y)
-        other = y != torch.arange(K, device=y.device)[:, None]  # not towards its own class
-        for title, found in (("one target", size[other]), ("shortest", size.amin(0))):
-            mean = found[found.isfinite()].mean().item()
-            rows.append(value(f"mean l_2 of the smallest perturbation, {name}, {title}", mean))
-            rows.append(rate(f"FPR, {name}, {title}", found.isfinite()))
+        own = y == torch.arange(K, device=y.device)[:, None]
+        size = size.masked_fill(own, math.inf).T  # [n, K]: an image's wrong classes
+        mean = lambda size: size[size.isfinite()].mean().item()
+        for title, found in (("one target", size), ("shortest", size.amin(1))):
+            row = value(f"mean l_2 of the smallest perturbation, {name}, {title}", mean(found), n=len(found))
+            row["interval"] = bootstrap_interval(mean, found)
+            rows.append(row)
+        rows.append(rate(f"images broken, {name}", size.isfinite().any(1)))
     return rows
 
 SWEEPS = (  # Tab. 3.7, Tab. 3.8: norm, steps, the length of a step as a share of eps
@@ -507,8 +509,9 @@ def table_3_7(run, s, pairs, test):
     return rows
 
 def fpr_row(title, z_clean, z, tpr):
-    """FPR (3.29) of logits of attacked images, -inf of those rightly read. Its interval has T's sampling."""
-    share = lambda z_clean, z: (z >= threshold(z_clean, tpr)).float().mean()
+    """FPR (3.29) of logits of attacked images, -inf of those rightly read. Its interval: Wilson's, widened to
+    that of a bootstrap that also redraws the clean images behind T (at TPR 1 these cannot lower T)."""
+    share = lambda clean, attacked: (attacked >= threshold(clean, tpr)).float().mean()
     row = rate(f"FPR, {title}", z >= threshold(z_clean, tpr), tpr=tpr)
     low, high = zip(row["interval"], bootstrap_interval(share, z_clean, z))
     return {**row, "interval": [min(low), max(high)]}
@@ -516,36 +519,36 @@ def fpr_row(title, z_clean, z, tpr):
 def figure_3_2(run, s, f, models, test, source):
     """FPR against TPR of the first model, by f and without, under every attack. CIFAR-10: Fig. 3.4.
 
-    An attack counts where it stands best for either way of detection; "all of these": image by image.
+    An attack counts at its worst step for that way of detection; "all of these": image by image.
     """
     model = next(iter(models.values()))
     fast = frozen_copy(f)
     a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
     x = test.take(slice(0, s.images))
     y = test.y[: s.images]
-    ways = {"integrated": f, "generative": model.H}
+    detections = {"integrated": f, "generative": model.H}
     traces = {}
     for title, loss in LOSSES.items():
         def attack(x, y):
             def judge(x):  # the deciding logit, -inf if rightly read
-                both = [detect(net, model.H, x, y) for net in ways.values()]
+                both = [detect(net, model.H, x, y) for net in detections.values()]
                 return torch.stack([z.where(misread, -math.inf) for z, misread in both], 1)
             return judged(judge, loss, x, a, x, fast, model.fast, y)
         traces[title] = by_images(attack, run.chunk // model.H.K + 1, x, y)
-    rows, drawn = [], []
-    for i, (way, net) in enumerate(ways.items()):
+    rows = []
+    for i, (way, net) in enumerate(detections.items()):
         z_clean, misread = detect(net, model.H, test.take(slice(None)), test.y)
         rows.append(rate(f"natural acc, {way}", ~misread))
         best = {title: trace[:, i].amax(-1) for title, trace in traces.items()}
         best["all of these"] = torch.stack(list(best.values())).amax(0)
         for title, z in best.items():
-            right = torch.cat([z_clean[: len(z)] > 0, z[z.isfinite()] <= 0])  # z = 0: d = .5
+            right = torch.cat([z_clean[: len(z)] > 0, z[z.isfinite()] <= 0])  # clean, misread; d > .5
             rows.append(rate(f"accuracy (3.19), {way}, {title}", right))
             for tpr in (0.9, 0.95, 0.98, 0.99, 1.0):
                 rows.append(fpr_row(f"{way}, {title}", z_clean, z, tpr))
     for title, trace in traces.items():
-        fooled = trace[:, 0, trace.shape[-1] // 2 :].isfinite()
-        turns = (fooled[:, 1:] != fooled[:, :-1]).float().mean().item()
+        misread_by_f = trace[:, 0, trace.shape[-1] // 2 :].isfinite()  # in the second half of the steps
+        turns = (misread_by_f[:, 1:] != misread_by_f[:, :-1]).float().mean().item()
         rows.append(value(f"share of later steps that turn f's reading, {title}", turns))
     run.lines("figure3.2", rows, "tpr")
     return rows
@@ -580,12 +583,12 @@ def figure_3_6(run, f, robust, models, train, source):
     return towards(run, "figure3.6", f, robust, models, torch.stack(starts), source["figure3.6"])
 
 def untuned(run, s, f, pairs, test):
-    """Attacks not used in development: Adam and plain steps of two lengths, in float32; transfer from f."""
+    """Both kinds of steps, a length that no table has, gradients in float32: the worst; transfer from f."""
     exact, undefended = {}, {}
     for name, model in pairs.items():
         exact[name] = model._replace(fast=frozen_copy(model.H, fast=False))
         undefended[name] = model._replace(fast=f)
-    three = lambda a: [a, a._replace(adam=False), a._replace(adam=False, step=a.eps / 16)]
+    three = lambda a: [a, a._replace(adam=not a.adam), a._replace(adam=False, step=a.eps / 10)]
     rows = auc_rows(run, exact, test, s.images, "worst of Adam and plain steps", three)
     return rows + auc_rows(run, undefended, test, s.images, "transfer from f", loss=softmax_loss)
 
