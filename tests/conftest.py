@@ -8,7 +8,6 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 
 
 class FakeRun:
@@ -97,8 +96,10 @@ def narrow(monkeypatch):
 
 
 @pytest.fixture
-def narrow():
+def narrow_d():
     """A script's module -> its ResBlockD with 8 channels: the same parts, in seconds."""
+    import common
+
     def make(module):
         class Narrow(module.ResBlockD):
             def __init__(self, side, outputs=1):

@@ -1157,11 +1157,11 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
-def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome, pictures, narrow, monkeypatch):
+def test_smoke_run_on_a_folder_of_pictures(tmp_path, outcome, pictures, narrow_d, monkeypatch):
     """A 256-pixel set: folders of files, the residual D, no labels and so no Frechet distance."""
     flags = ("--dataset", "celebahq", "--budget", "smoke", "--data-dir", pictures, "--out", tmp_path,
              "--device", "cpu", "--side", 16, "--k-max", 1, "--images", 12)
-    monkeypatch.setattr(at_gen, "ResBlockD", narrow(at_gen))
+    monkeypatch.setattr(at_gen, "ResBlockD", narrow_d(at_gen))
     code, said = outcome(at_gen, *flags)
     assert code == 2 and "afhq_cat" in said  # the foreign domain
     flags = (*flags, "--foreign", "imagenet")

@@ -563,7 +563,7 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
-def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, narrow, monkeypatch):
+def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, narrow_d, monkeypatch):
     flags = ("--dataset", "celebahq", "--budget", "smoke", "--data-dir", pictures, "--out", tmp_path,
              "--device", "cpu", "--only")
     made = []
@@ -573,7 +573,7 @@ def test_table_3_13_takes_the_model_of_at_gen(tmp_path, outcome, pictures, narro
         at_gen.main([*command[2:], "--side", "16", "--k-max", "1", "--images", "12"])
         return SimpleNamespace(returncode=0)
     for module in (at_gen, od):
-        monkeypatch.setattr(module, "ResBlockD", narrow(module))
+        monkeypatch.setattr(module, "ResBlockD", narrow_d(module))
     monkeypatch.setattr(od, "subprocess", SimpleNamespace(run=at_gen_instead))
     kept = {}
     real = od.table_3_12
