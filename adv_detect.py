@@ -393,10 +393,10 @@ def attacked_scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
     x_neg, _ = together(images, rows_of(images, False)[:K], n)
     return logits(model.H, x_pos), by_images(attacked, run.chunk // K + 1, x_neg)
 
-def detect(f, H, x, y):
-    """H's logit of the class that f reads, for x [n, C, S, S]; which are misread. Generative: f is H."""
-    k = logits(f, x).argmax(1)
-    return own_logit(logits(H, x), k), k != y
+def detect(z_f, z_H, y):
+    """From outputs [n, K]: H's logit of the class that f reads; which are misread. Generative: z_f is z_H."""
+    k = z_f.argmax(1)
+    return own_logit(z_H, k), k != y
 
 def threshold(z, tpr):
     """Eq. 3.28: the largest T that accepts at least this share of clean images; z [n] is what decides."""
@@ -408,7 +408,8 @@ def smallest_perturbation(model, T, a, c_max, x0, y):
     sizes = []
     for i in range(20):  # c is bisected, from 0 on: up after a success, else down
         x = minimise(near_loss, x0, a, x0, model.fast, x0, c)
-        z, misread = detect(model.H, model.H, x.flatten(0, 1), y.flatten())
+        z_H = logits(model.H, x.flatten(0, 1))
+        z, misread = detect(z_H, z_H, y.flatten())
         broken = (misread & (z >= T)).view_as(y)
         sizes.append(torch.where(broken, length(x - x0)[..., 0, 0, 0], math.inf))
         c = (c + torch.where(broken, c_max, -c_max) / 2 ** (i + 1)).clamp(min=0)
@@ -523,20 +524,20 @@ def figure_3_2(run, s, f, models, test, source):
     fast = frozen_copy(f)
     a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
     x, y = test.take(slice(0, s.images)), test.y[: s.images]
-    detections = {"integrated": f, "generative": model.H}
+    def detections(x, y):
+        z_H = logits(model.H, x)
+        return {"integrated": detect(logits(f, x), z_H, y), "generative": detect(z_H, z_H, y)}
     traces = {}
     for title, loss in LOSSES.items():
         def attack(x, y):
             def judge(x):  # the deciding logit, -inf if rightly read
-                z, both = logits(model.H, x), []
-                for k in (logits(f, x).argmax(1), z.argmax(1)):  # as detect(), with H asked once
-                    both.append(own_logit(z, k).where(k != y, -math.inf))
-                return torch.stack(both, 1)
+                both = detections(x, y).values()
+                return torch.stack([z.where(misread, -math.inf) for z, misread in both], 1)
             return judged(judge, loss, x, a, x, fast, model.fast, y)
         traces[title] = by_images(attack, run.chunk // model.H.K + 1, x, y)
     rows = []
-    for i, (way, net) in enumerate(detections.items()):
-        z_clean, misread = detect(net, model.H, test.take(slice(None)), test.y)
+    clean = detections(test.take(slice(None)), test.y)
+    for i, (way, (z_clean, misread)) in enumerate(clean.items()):
         rows.append(rate(f"natural acc, {way}", ~misread))
         best = {title: trace[:, i].amax(-1) for title, trace in traces.items()}
         best["all of these"] = torch.stack(list(best.values())).amax(0)

@@ -508,11 +508,10 @@ def test_threshold_by_brute_force():
 def test_both_ways_of_detection():
     z_H = torch.tensor([[1.0, 4.0, 2.0], [3.0, 0.0, -1.0]])
     z_f = torch.tensor([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])
-    x, y = torch.zeros(2, 1, 1, 1), torch.tensor([1, 0])
-    f, H = (lambda x: z_f), (lambda x: z_H)
-    z, misread = ad.detect(f, H, x, y)
+    y = torch.tensor([1, 0])
+    z, misread = ad.detect(z_f, z_H, y)
     assert z.tolist() == [2, 3] and misread.tolist() == [True, False]
-    z, misread = ad.detect(H, H, x, y)
+    z, misread = ad.detect(z_H, z_H, y)
     assert z.tolist() == [4, 3] and misread.tolist() == [False, False]
 
 
@@ -590,7 +589,7 @@ def test_c_of_the_bisection(exact, monkeypatch):
     asked = []
     monkeypatch.setattr(ad, "minimise", lambda loss, x0, a, start, fast, x, c: asked.append((loss, c)) or x0 + 0.1)
     success = iter([[True, False], [False, False], [True, False]] + [[True, False]] * 17)
-    monkeypatch.setattr(ad, "detect", lambda f, H, x, y: (torch.ones(2), torch.tensor(next(success))))
+    monkeypatch.setattr(ad, "detect", lambda z_f, z_H, y: (torch.ones(2), torch.tensor(next(success))))
     model = model_of(Linear(1, (1, 2, 2)))
     found = ad.smallest_perturbation(model, 0.5, Steps("2", 9, 1, 1), 8.0, torch.full((1, 2, 1, 2, 2), 0.5), torch.zeros(1, 2).long())
     assert all(loss is ad.near_loss for loss, _ in asked)
