@@ -119,8 +119,8 @@ def marked(name, text):
     return f"# exercise {name}\n{text}"
 
 
-def place_of(error, folder):
-    """Where an error was raised: the innermost line of the student's files, or what that says if there is none."""
+def place_of(error, exercise, folder):
+    """Where an error was raised: the innermost line of the student's files; if there is none, what that says."""
     if isinstance(error, SyntaxError):
         return ""  # its own text has the place
     frame, mine = error.__traceback__, None
@@ -129,7 +129,11 @@ def place_of(error, folder):
         if file.resolve().parent == folder.resolve():
             mine = f" ({file.name}, line {frame.tb_lineno})"
         frame = frame.tb_next
-    return mine or "; a function of yours does not return what its docstring says, or nothing: is a `return` missing?"
+    if mine:
+        return mine
+    if exercise.questions:
+        return "; is every answer of the kind that is asked for?"
+    return "; a function of yours does not return what its docstring says, or nothing: is a `return` missing?"
 
 
 def grade(exercise, folder):
@@ -160,5 +164,5 @@ def grade(exercise, folder):
     except NotImplementedError as error:
         return f"nothing is filled in yet: {error}"
     except Exception as error:
-        return f"the code stops with {type(error).__name__}: {error}{place_of(error, folder)}"
+        return f"the code stops with {type(error).__name__}: {error}{place_of(error, exercise, folder)}"
     return None

@@ -220,6 +220,10 @@ def test_an_error_in_the_student_s_code_is_one_sentence(tmp_path):
                        ("'blind'\nADAM_Z = .51", "a distance")):
         (folder / "answers.py").write_text(answers + text)
         assert says in kit.grade(exercise, folder)
+    exercise = EXERCISES["stochastic_security-4"]
+    right = SOLUTIONS["stochastic_security-4"].right[0]["answers"]
+    said = kit.grade(exercise, work(tmp_path / "kind", exercise, {"answers": {**right, "SHARE_L2": "little"}}))
+    assert "every answer of the kind" in said and "return" not in said
     exercise = EXERCISES["toy2d-1"]
     folder = work(tmp_path / "answers", exercise, {})
     for text in ("STEEP = steep", 'STEEP, FLAT = "far", "near"'):
