@@ -6,11 +6,11 @@ An adversarial example is an image that was changed so little that nobody sees i
 classifier f misreads it. What f reads as class k is therefore an image of class k, or an attacked image of
 another class. A detector d_k is a network that tells these two apart; there is one for each of the K
 classes. While it learns, the other images are attacked anew in every update, and the attack aims at d_k
-itself. The detectors rank images so well that no f is needed: the class of the highest logit is the
-prediction, and that logit decides whether the image is accepted. Attacks are PGD (projected gradient
-descent): Adam or plain steps down a loss (for d_k: -z_k), each back into a ball around the image, with radius
-eps in l_inf (largest change of a pixel) or l_2 (length of the change). In training they start at random in
-the ball. Figures 3.3 and 3.6 also have a softmax classifier trained on attacks.
+itself. The d_k learn apart, and yet their logits compare so well that no f is needed: the class of the
+highest logit is the prediction, and that logit decides whether the image is accepted. Attacks are PGD
+(projected gradient descent): Adam or plain steps down a loss (for d_k: -z_k), each back into a ball around
+the image, of radius eps in l_inf (largest change of a pixel) or l_2 (length of the change). Training starts
+them at random in the ball. Figures 3.3 and 3.6 also have a softmax classifier trained on attacks.
     z_k(x): logit of d_k, HIGH = clean and of class k; d_1 is that of class 0. y: an image's label.
     Pixels are in [0, 1]; eps and the length of steps are in that unit.
     (3.23)  min E_{y != k} [max_{|delta| <= eps} L(z_k(x + delta), 0)] + E_{y = k} [L(z_k(x), 1)], by the
@@ -29,7 +29,7 @@ Commands (two cores; all numbers: results/adv_detect.md):
 The log: half of (3.23), .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
 Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide
 ResNet, WRN-34-10 (source: a variant of it), best weights chosen on validation images (author's code: test
-images). Eq. 3.34: maximum over y and K + 1, as in the author's code; table 3.6: its c, on MNIST older steps.
+images). Eq. 3.34: maximum over y and K + 1, and table 3.6: weight c of the length, as in the author's code.
 AUCs and figure 3.2: an attack is judged at each of its steps, and the worst counts (source: the last).
 """
 import copy
@@ -45,20 +45,18 @@ from torch import nn
 from common import Training, UserError, fast_precision, follow, frozen_copy
 from common import input_gradient, once, rate, repeat, seeded, value
 
-# --- settings -----------------------------------------------------------------------------------------------
+# --- settings: a value for each column, or one for all of them; then what it is ----------------------------
 
 SETTINGS = common.settings(
-    columns=("glyphs", "mnist fashion_mnist", "cifar10",
-             "mnist-paper fashion_mnist-paper", "cifar10-paper"),
+    columns=("glyphs", "mnist fashion_mnist", "cifar10", "mnist-paper fashion_mnist-paper", "cifar10-paper"),
     smoke=dict(width=0.1, updates=3, batch=2, train_steps=2, check_steps=2, val_images=4,
-               f_iters=3, at_iters=2,
-               images=12, few=6, restarts=2),
+               f_iters=3, at_iters=2, images=12, few=6, restarts=2),
     models=("linf0.3", "linf0.3", "linf8,l2-80", "all", "all", "of Tab. 3.1, with commas; or all"),
     width=(0.25, 1.0, 0.25, 1.0, 1.0, "of all networks; 1: the source's"),
     updates=(750, 1200, 300, 15_600, 40_000, "of the detectors"),
     batch=(16, 32, 30, 32, 30, "images of its class, and as many attacked ones, for each detector"),
     train_steps=(20, 20, 10, 0, 0, "steps of the attack in training; 0: the source's"),
-    check_steps=(200, 200, 0, 200, 0, "the same in evaluation; 0: as the source has it in training"),
+    check_steps=(200, 200, 0, 200, 0, "steps in evaluation; 0: as many as the source trains with"),
     val_images=(60, 100, 100, 8000, 1000, "attacked validation images of each detector"),
     f_iters=(400, 2000, 6000, 18_750, 80_000, "updates of f"),
     at_iters=(4000, 1500, 3000, 30_000, 80_000, "updates of the robust softmax classifier"),
@@ -73,15 +71,15 @@ class Steps(NamedTuple):
     eps: float
     steps: int
     step: float
-    adam: bool = True  # each pixel moves by about `step`; else signs (inf), gradients of length 1 (2)
+    adam: bool = True  # each pixel moves by about `step`; else l_inf: signs, l_2: the gradient at length 1
     def within(self, steps):
-        """In this many steps (0: unchanged). Fewer l_inf steps are longer; l_2 steps span the ball anyway."""
+        """In this many steps; 0: unchanged. Fewer l_inf steps are longer; l_2 steps cross the ball anyhow."""
         steps = steps or self.steps
         longer = max(self.steps / steps, 1) if self.norm == "inf" else 1
         return self._replace(steps=steps, step=self.step * longer)
 
 def plain(norm, eps, steps, step):
-    """An attack on CIFAR-10, whose source counts pixels from 0 to 255."""
+    """An attack on CIFAR-10, without Adam, from units of pixels from 0 to 255."""
     return Steps(norm, eps / 255, steps, step / 255, False)
 
 MODELS = {  # attack in training. Key: colours, 1 (Tab. 3.1) or 3 (sec. 3.2.3, Tab. 3.10)
@@ -99,7 +97,7 @@ MODELS = {  # attack in training. Key: colours, 1 (Tab. 3.1) or 3 (sec. 3.2.3, T
 }
 OTHERS = {  # the attacks of figures, of table 3.6, and in the training of the robust softmax classifier
     1: {
-        "figure3.2": Steps("inf", 0.3, 100, 0.1),  # norm and eps are the model's
+        "figure3.2": Steps("inf", 0.3, 100, 0.1),  # eps is the model's
         "figure3.3": Steps("inf", 0.4, 100, 0.01),
         "figure3.6": Steps("2", 15, 60, 0.25, False),
         "table3.6": Steps("2", 1000, 500, 0.1),  # no ball: its loss weighs the length
@@ -150,7 +148,7 @@ def project(x, x0, a):
     return x0 + delta * (a.eps / length(delta).clamp(min=a.eps))
 
 def scattered(x0, a):
-    """Random start in the ball, clipped by the first step: uniform in the cube; l_2: uniform in length."""
+    """Random start, not yet clipped to [0, 1]. l_inf: uniform in the ball; l_2: its length is uniform."""
     if a.norm == "inf":
         return x0 + a.eps * (2 * torch.rand_like(x0) - 1)
     radius = a.eps * torch.rand_like(x0[..., :1, :1, :1])
@@ -160,10 +158,10 @@ def direction(gradient, norm):
     """Signs (inf), or the gradient at length 1 (2). A gradient of 0 moves nothing."""
     return gradient.sign() if norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
 
-def attack_step(state, loss, x0, a, *about):
-    """A step of PGD down loss(x, *about). state: images x; Adam's means m and v, and number of steps t."""
+def attack_step(state, loss, x0, a, *loss_args):
+    """A step of PGD down loss(x, *loss_args). state: images x, Adam's means m and v, number of steps t."""
     x, m, v, t = state
-    gradient = input_gradient(lambda x: loss(x, *about), x)
+    gradient = input_gradient(lambda x: loss(x, *loss_args), x)
     t = t + 1
     m = 0.9 * m + 0.1 * gradient
     v = 0.999 * v + 0.001 * gradient.square()
@@ -177,18 +175,18 @@ def begin(x0, start):
     """The state of attack_step() at `start`."""
     if not 0 <= x0.min() <= x0.max() <= 1:
         raise ValueError("an attack wants images in [0, 1]")
-    return start, 0 * x0, 0 * x0, x0.new_zeros((), dtype=torch.float64)
+    return start, 0 * x0, 0 * x0, x0.new_zeros((), dtype=torch.float64)  # all tensors: repeat() wants it
 
-def minimise(loss, x0, a, start, *about):
-    """PGD: a.steps from `start` to images near x0 [..., C, S, S] whose loss(x, *about) [...] is low."""
-    return repeat(attack_step, begin(x0, start), a.steps, loss, x0, a, *about)[0]
+def minimise(loss, x0, a, start, *loss_args):
+    """PGD: a.steps from `start` to images near x0 [..., C, S, S] whose loss(x, *loss_args) [...] is low."""
+    return repeat(attack_step, begin(x0, start), a.steps, loss, x0, a, *loss_args)[0]
 
-def judged(judge, loss, x0, a, start, *about):
+def judged(judge, loss, x0, a, start, *loss_args):
     """minimise(), but -> judge(x) [...] at the start and after each step: [..., steps + 1]."""
     state = begin(x0, start)
     seen = [judge(project(start, x0, a))]
     for _ in range(a.steps):
-        state = repeat(attack_step, state, 1, loss, x0, a, *about)
+        state = repeat(attack_step, state, 1, loss, x0, a, *loss_args)
         seen.append(judge(state[0]))
     return torch.stack(seen, -1)
 
@@ -201,7 +199,7 @@ def own_logit(z, y):
     return z.gather(1, y[:, None])[:, 0]
 
 def classifier_loss(x, f, H, y):
-    """Eq. 3.30: negative once f is fooled. Images x [n, C, S, S] of labels y [n] -> [n]; likewise below."""
+    """Eq. 3.30: negative once f is fooled. x [n, C, S, S], y [n] -> [n]. All of LOSSES are called alike."""
     z_f = f(x)
     return own_logit(z_f, y) - best_other(z_f, y)
 
@@ -210,7 +208,7 @@ def detector_loss(x, f, H, y):
     return -best_other(H(x), y)
 
 def combined_loss(x, f, H, y):
-    """Eq. 3.34, with a class K + 1, "attacked". Max over y and K + 1 only: over all, the loss goes flat."""
+    """Eq. 3.34, with a class K + 1, "attacked". Max over y and K + 1: over all, 0 where a wrong one leads."""
     z_f = f(x)
     attacked = (1 - best_other(H(x), y)) * z_f.amax(1)  # (3.33): high while no wrong detector is sure
     return torch.maximum(own_logit(z_f, y), attacked) - best_other(z_f, y)
@@ -233,7 +231,7 @@ def logit_loss(x, H):
 def softmax_loss(x, net):
     """Raises a softmax classifier's logit k on images x[k]: [K, n, C, S, S] -> [K, n]."""
     z = net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return -z.diagonal(0, 0, 2).T
+    return -z.diagonal(dim1=0, dim2=2).T  # z [K, n, K]
 
 def label_loss(x, net, y):
     """Takes images x [n, C, S, S] away from their labels: minus the cross-entropy [n]."""
@@ -247,8 +245,8 @@ LOSSES = {  # of figure 3.2
     "combined (3.34)": combined_loss,
     "combined (3.35)": switching_loss,
     "joint": joint_loss,
-    "cross-entropy of H": lambda x, f, H, y: label_loss(x, H, y),  # this and the next: to the source weaker
-    "(3.30) on H": lambda x, f, H, y: classifier_loss(x, H, H, y),  # than (3.32)
+    "cross-entropy of H": lambda x, f, H, y: label_loss(x, H, y),  # the last two are weaker than (3.32), says
+    "(3.30) on H": lambda x, f, H, y: classifier_loss(x, H, H, y),  # the source
 }
 
 def against(net, x, y, a):
@@ -273,7 +271,7 @@ def rows_of(images, inside):
     return [((y == k) == inside).nonzero()[:, 0] for k in y.unique()]
 
 def together(images, rows, n):
-    """The first n images, or as many as each has, of lists of indices -> [K, n, C, S, S], labels [K, n]."""
+    """The first n images (fewer if a list is short) of each list of indices -> [K, n, C, S, S], y [K, n]."""
     n = min(n, *map(len, rows))
     index = torch.stack([row[:n] for row in rows])
     return images.take(index), images.y[index]
@@ -330,7 +328,7 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
     made_from.update(common.pick(s, "updates batch val_images"))
     training = Training(run, name, made_from, H=H, optimizer=optimizer, best=best, best_auc=best_auc)
     for it in training.updates(s.updates):
-        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)  # draw() takes seed + 100 k
+        x_pos = draw(train, inside, s.batch, run.seed + 50, it - 1)  # no seed of x_neg's: these are 100 apart
         x_neg = draw(train, outside, s.batch, run.seed, it - 1)
         follow(model.fast, H)
         x_adv = minimise(logit_loss, x_neg, a, scattered(x_neg, a), model.fast)
@@ -341,7 +339,7 @@ def train_detectors(run, s, name, a, check, build, f, train, validation):
         loss.sum().backward()  # not the mean: each detector gets the gradient that it would get alone
         optimizer.step()
         training.log(loss=loss.mean(), z_pos=z_pos.mean(), z_neg=z_neg.mean())
-        if it % max(s.updates // 5, 1) == 0:  # five times in all
+        if it % max(s.updates // 5, 1) == 0:  # five times, but in tiny runs
             follow(model.fast, H)
             scores = attacked_scores(run, model, validation, [check], s.val_images)
             keep_better(best, best_auc, H, scores)
@@ -367,18 +365,18 @@ def logits(net, x):
     return by_images(net, 250, x)
 
 def bootstrap_interval(statistic, *samples):
-    """95 % interval of statistic(*samples): each sample [n] is drawn anew from itself, with repeats."""
+    """95 % interval of statistic(*samples): each sample [n, ...] is drawn anew from itself, with repeats."""
     draws = torch.Generator().manual_seed(0)
     samples = [sample.cpu() for sample in samples]
     found = []
     for _ in range(500):
-        again = [sample[torch.randint(len(sample), sample.shape, generator=draws)] for sample in samples]
+        again = [sample[torch.randint(len(sample), (len(sample),), generator=draws)] for sample in samples]
         found.append(statistic(*again))
     return torch.tensor(found).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 @seeded
 def attacked_scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
-    """Logits of clean images of each class [K, P]; of n attacked others [K, n], the largest at any step.
+    """Logits of clean images of each class [K, P]; of n attacked others, each at its worst step, [K, n].
     starts: random starts of each attack; 0: it starts at the image itself."""
     K = model.H.K
     def attacked(x0):
@@ -391,10 +389,10 @@ def attacked_scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
         return torch.stack(tried).amax(0)
     x_pos, _ = together(images, rows_of(images, True)[:K], len(images))  # as many as the rarest class has
     x_neg, _ = together(images, rows_of(images, False)[:K], n)
-    return logits(model.H, x_pos), by_images(attacked, run.chunk // K + 1, x_neg)
+    return logits(model.H, x_pos), by_images(attacked, run.chunk // K + 1, x_neg)  # in parts for memory
 
 def detect(z_f, z_H, y):
-    """From outputs [n, K]: H's logit of the class that f reads; which are misread. Generative: z_f is z_H."""
+    """From outputs [n, K]: H's logit of the class f reads; is that class wrong? Generative: z_f is z_H."""
     k = z_f.argmax(1)
     return own_logit(z_H, k), k != y
 
@@ -417,15 +415,17 @@ def smallest_perturbation(model, T, a, c_max, x0, y):
 
 # --- tables and figures -------------------------------------------------------------------------------------
 
-def auc_rows(run, pairs, images, n, title, change=lambda a: [a], loss=logit_loss, **starts):
+def auc_rows(run, pairs, images, n, title, change=lambda a: [a], loss=logit_loss, starts=0):
     """Rows of AUCs under change(each model's attack), a list; the rest is for attacked_scores()."""
     rows = []
     for name, model in pairs.items():
         attacks = change(model.check)
-        scores = attacked_scores(run, model, images, attacks, n, loss, **starts)
-        how = {"steps": attacks[0].steps, "step": attacks[0].step} if len(attacks) == 1 else {}
+        scores = attacked_scores(run, model, images, attacks, n, loss, starts)
+        how = {"starts": starts} if starts else {}
+        if len(attacks) == 1:
+            how.update(steps=attacks[0].steps, step=attacks[0].step)
         for k, (clean, attacked) in enumerate(zip(*scores)):
-            row = value(f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), **how, **starts)
+            row = value(f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), **how)
             interval = bootstrap_interval(auroc, clean, attacked)
             rows.append({**row, "interval": interval, "clean": len(clean), "n": len(attacked)})
     return rows
@@ -468,11 +468,11 @@ def table_3_5(run, s, pairs, test):
 def table_3_6(run, s, models, test, source):
     """Mean l_2 of the smallest perturbations that are misread and accepted (TPR .95). CIFAR-10: Tab. 3.11.
 
-    "one target": over all pairs of an image and a wrong class (the source draws one class for each image).
-    "shortest": over images, each with its easiest class.
+    "one target": over all pairs of an image and a wrong class that it is pushed towards (the source draws
+    one class for each image). "shortest": over images, each with its easiest. Any misreading counts.
     """
     rows = []
-    c_max = 65025.0 if test.shape[0] == 3 else 8.0  # author's code: 8; 1 for pixels from 0 to 255 (255^2)
+    c_max = 8.0 if test.shape[0] == 1 else 255.0**2  # author's code: 8; CIFAR-10: 1 in units of 0 to 255
     for name, model in models.items():
         K = model.H.K
         x, y = together(test, [torch.arange(len(test))] * K, max(s.few // K, 1))
@@ -500,7 +500,7 @@ SWEEPS = (  # Tab. 3.7, Tab. 3.8: norm, steps, the length of a step as a share o
 )
 
 def table_3_7(run, s, pairs, test):
-    """More and smaller plain steps. l_2 models: Tab. 3.8."""
+    """Plain steps, few and long to many and small. l_2 models: Tab. 3.8."""
     rows = []
     for norm, title, steps, share in SWEEPS:
         alike = {name: model for name, model in pairs.items() if model.check.norm == norm}
@@ -510,7 +510,7 @@ def table_3_7(run, s, pairs, test):
     return rows
 
 def fpr_row(title, z_clean, z, tpr):
-    """FPR (3.29) of logits of attacked images, -inf of those rightly read. Its interval: Wilson's, widened to
+    """FPR (3.29). z: logits of attacked images, -inf where rightly read. Its interval: Wilson's, widened to
     that of a bootstrap that also redraws the clean images behind T (at TPR 1 these cannot lower T)."""
     share = lambda clean, attacked: (attacked >= threshold(clean, tpr)).float().mean()
     row = rate(f"FPR, {title}", z >= threshold(z_clean, tpr), tpr=tpr)
@@ -522,7 +522,9 @@ def figure_3_2(run, s, f, models, test, source):
     An attack counts at its worst step for that way of detection; "all of these": image by image."""
     model = next(iter(models.values()))
     fast = frozen_copy(f)
-    a = source["figure3.2"]._replace(norm=model.check.norm, eps=model.check.eps)
+    a = model.check  # the source's figure is of an l_inf model
+    if a.norm == "inf":
+        a = source["figure3.2"]._replace(eps=a.eps)
     x, y = test.take(slice(0, s.images)), test.y[: s.images]
     def detections(x, y):
         z_H = logits(model.H, x)
@@ -531,8 +533,7 @@ def figure_3_2(run, s, f, models, test, source):
     for title, loss in LOSSES.items():
         def attack(x, y):
             def judge(x):  # the deciding logit, -inf if rightly read
-                both = detections(x, y).values()
-                return torch.stack([z.where(misread, -math.inf) for z, misread in both], 1)
+                return torch.stack([z.where(bad, -math.inf) for z, bad in detections(x, y).values()], 1)
             return judged(judge, loss, x, a, x, fast, model.fast, y)
         traces[title] = by_images(attack, run.chunk // model.H.K + 1, x, y)
     rows = []
@@ -542,7 +543,7 @@ def figure_3_2(run, s, f, models, test, source):
         best = {title: trace[:, i].amax(-1) for title, trace in traces.items()}
         best["all of these"] = torch.stack(list(best.values())).amax(0)
         for title, z in best.items():
-            right = torch.cat([z_clean[: len(z)] > 0, z[z.isfinite()] <= 0])  # clean, misread; d > .5
+            right = torch.cat([z_clean[: len(z)] > 0, z[z.isfinite()] <= 0])  # d > .5: clean; misread ones
             rows.append(rate(f"accuracy (3.19), {way}, {title}", right))
             for tpr in (0.9, 0.95, 0.98, 0.99, 1.0):
                 rows.append(fpr_row(f"{way}, {title}", z_clean, z, tpr))
@@ -583,7 +584,7 @@ def figure_3_6(run, f, robust, models, train, source):
     return towards(run, "figure3.6", f, robust, models, torch.stack(starts), source["figure3.6"])
 
 def untuned(run, s, f, pairs, test):
-    """Both kinds of steps, a length that no table has, gradients in float32: the worst; transfer from f."""
+    """The worst of Adam, plain steps and plain ones of eps / 10, by float32 gradients; transfer from f."""
     exact, undefended = {}, {}
     for name, model in pairs.items():
         exact[name] = model._replace(fast=frozen_copy(model.H, fast=False))
@@ -622,7 +623,7 @@ def main(argv=None):
     setups = {}
     for name, a in MODELS[colours].items():
         setups[name] = a.within(s.train_steps), a.within(s.check_steps)
-    source = {name: a.within(2 * run.smoke) for name, a in OTHERS[colours].items()}
+    source = {name: a.within(2 if run.smoke else 0) for name, a in OTHERS[colours].items()}
     a = OTHERS[colours]["robust"].within(s.train_steps // 2)
     train_f = partial(common.train_classifier, run, build=partial(build, K), data=train, batch=32)
     if colours == 3:
@@ -635,8 +636,7 @@ def main(argv=None):
         start = f() if colours == 3 else None
         trained = {}
         for name in args.models:
-            parts = build, start, train, validation
-            trained[name] = train_detectors(run, s, name, *setups[name], *parts)
+            trained[name] = train_detectors(run, s, name, *setups[name], build, start, train, validation)
         return trained
     @once
     def pairs():

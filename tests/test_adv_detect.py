@@ -556,6 +556,8 @@ def test_intervals_by_drawing_anew():
     assert ad.bootstrap_interval(lambda x: x.mean(), x) == [low, high]
     low, high = ad.bootstrap_interval(lambda a, b: a.mean() - b.mean(), x, torch.randn(100))
     assert high - low == pytest.approx(2 * 1.96 * (1 / 400 + 1 / 100) ** 0.5, rel=0.2)     # both vary
+    low, high = ad.bootstrap_interval(lambda x: x.mean(), x.view(-1, 1).repeat(1, 9))          # 400 images, not 3,600 numbers
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     clean, attacked = torch.randn(300) + 2, torch.cat([torch.randn(150), torch.full((50,), -math.inf)])
     row = ad.fpr_row("A", clean, attacked, 0.9)
     T = ad.threshold(clean, 0.9)
@@ -744,7 +746,11 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
 # --- figures ---
 
 
-def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize("its, used", [
+    (Steps("inf", 0.7, 200, 0.01), Steps("inf", 0.7, 100, 0.1)),  # the figure's steps in the model's ball
+    (Steps("2", 0.7, 200, 0.01), Steps("2", 0.7, 200, 0.01)),    # steps of l_inf could be too short: the model's own
+])
+def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch, its, used):
     """f and z_H are made up, others for each attack and each of its three steps. T is of all clean images."""
     run, s = run_of(tmp_path, "--images", 20, "--chunk", 30)
     test, asked, steps = some_images(24), [], 3
@@ -754,7 +760,7 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
     number = {loss: i for i, loss in enumerate(ad.LOSSES.values())}
     f = nn.Linear(1, 1)
     H = Linear(10, (1, 28, 28))
-    model = model_of(H, Steps("2", 0.7, 200, 0.01))
+    model = model_of(H, its)
 
     def fake(judge, loss, x0, a, start, fast_f, fast, y):
         i = sum(len(x) for it, *_, x in asked if it is loss)
@@ -778,7 +784,7 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "lines", lambda self, name, rows, x, **_: lines.append((name, x)))
     rows = ad.figure_3_2(run, s, f, {"A": model, "B": None}, test, {"figure3.2": Steps("inf", 0.3, 100, 0.1)})
     assert [loss for loss, *_ in asked[::5]] == list(ad.LOSSES.values()) and lines == [("figure3.2", "tpr")]
-    assert all(a == Steps("2", 0.7, 100, 0.1) and same for _, a, same, *_ in asked)  # the model's norm and eps
+    assert all(a == used and same for _, a, same, *_ in asked)
     assert all(torch.equal(fast_f.net.weight, f.weight.to(fast_f.dtype)) and fast is H for _, _, _, fast_f, fast, *_ in asked)
     assert [len(x) for *_, x in asked[:5]] == [4, 4, 4, 4, 4]
     y = test.y[:20]
