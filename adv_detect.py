@@ -593,7 +593,7 @@ def untuned(run, s, f, pairs, test):
     rows = auc_rows(run, exact, test, s.images, "worst of Adam and plain steps", three)
     return rows + auc_rows(run, undefended, test, s.images, "transfer from f", loss=softmax_loss)
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_3_1, table_3_2, figure_3_2],
     others=[table_3_3, table_3_4, table_3_5, table_3_6, table_3_7, figure_3_3, figure_3_6, untuned],
 )

@@ -611,7 +611,7 @@ def figure_2_16(run, s, f, seeds):
     quantity = "largest jump between neighbours / distance of the ends"
     return [value(quantity, (jumps / ends).mean().item(), n=len(ends))]
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_2_5, table_2_7, table_2_8, table_2_10, table_2_11, figure_2_7, figure_2_11,
               figure_2_15, figure_2_16],
     others=[figure_2_3, figure_2_9, figure_2_12],

@@ -125,8 +125,8 @@ def langevin_path(x, steps, V, tau, T):
     return x, way
 
 def step_back(v, x, after, V, tau, T):
-    """v times the derivative of a step at x. That is a symmetric matrix (noise does not depend on x), and
-    so the difference that a start farther along v makes, tau away in root mean square, stands in for it."""
+    """v^T J, J the derivative of a step at x. J = I - tau^2/(2T) Hessian is symmetric, so J v will do: what
+    a start farther along v changes. It is tau away (root mean square), so that kinks between them count."""
     size = v.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-30).float().view(-1, 1, 1, 1)
     scale = tau / size
     return (downhill(x + scale * v, V, tau, T) - after) / scale
@@ -295,7 +295,7 @@ def pgd_step(x, f, x0, y, ball):
     return ball.ascend(x, x0, gradient)
 
 def pgd(f, x, y, steps, ball):
-    """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
+    """PGD on f itself, in eval mode, from a random start; x [B, C, S, S] in [0, 1] -> the last images."""
     was_training = f.training
     f.eval()
     attacked = []
@@ -339,10 +339,10 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, whole=False):
-        """EOT: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
+        """F_H [B, classes], and its loss' gradient in x (EOT): by BPDA, or through the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # ways fill memory
+        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # a way fills memory
         for part, labels in zip(x.split(size), y.split(size)):
             if whole:
                 ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
@@ -385,7 +385,7 @@ class Outcome(NamedTuple):
 
 @seeded
 def eot_attack(run, defence, x0, y, attack):
-    """The attack (Alg. 1 of ch. 2) on images x0 [n, C, S, S], labels y -> Outcome. Can be interrupted."""
+    """The attack (Alg. 1 of ch. 2) on images x0 [n, C, S, S], labels y -> Outcome. Resumable."""
     x = x0.clone()
     period = attack.N + 1
     evaluations = attack.restarts * period
@@ -573,7 +573,7 @@ def honesty(run, s, f, other, noisy, G, midrun, few, x_many, y_many, attack):
         rows += compared(run, s, defence, networks, few, x_many, y_many, attack)
     return rows
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_5_1, figure_5_2, figure_5_3], others=[stronger, upperbound, ablation, honesty]
 )
 

@@ -568,7 +568,7 @@ def figure_3_15(run, s, train, test):
         rows += effect(run, replace(s, eps_in=eps_in), train, test, f"eps-in-{eps_in:g}", title)
     return rows
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_3_14, figure_3_7, figure_3_9, table_3_16, figure_3_11],
     others=[
         table_3_15,

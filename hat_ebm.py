@@ -591,7 +591,7 @@ def paths(run, s, metric, synth, refine):
     run.lines("paths", rows, "steps", xscale="symlog", ylabel=metric.name)
     return rows
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_6_1, table_6_2, figure_6_4, figure_6_6, figure_6_9],
     others=[table_6_3, figure_6_5, figure_6_8, paths],
 )

@@ -119,8 +119,8 @@ def langevin_path(x, steps, V, tau, T):
     return x, way
 
 def step_back(v, x, after, V, tau, T):
-    """v times the derivative of a step at x. That is a symmetric matrix (noise does not depend on x), and
-    so the difference that a start farther along v makes, tau away in root mean square, stands in for it."""
+    """v^T J, J the derivative of a step at x. J = I - tau^2/(2T) Hessian is symmetric, so J v will do: what
+    a start farther along v changes. It is tau away (root mean square), so that kinks between them count."""
     size = v.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-30).float().view(-1, 1, 1, 1)
     scale = tau / size
     return (downhill(x + scale * v, V, tau, T) - after) / scale
@@ -258,7 +258,7 @@ def pgd_step(x, f, x0, y, ball):
     return ball.ascend(x, x0, gradient)
 
 def pgd(f, x, y, steps, ball):
-    """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
+    """PGD on f itself, in eval mode, from a random start; x [B, C, S, S] in [0, 1] -> the last images."""
     was_training = f.training
     f.eval()
     attacked = []
@@ -302,10 +302,10 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, whole=False):
-        """Eq. 3.3: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
+        """F_H [B, classes], and its loss' gradient in x (Eq. 3.3): by BPDA, or through the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # ways fill memory
+        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # a way fills memory
         for part, labels in zip(x.split(size), y.split(size)):
             if whole:
                 ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
@@ -348,7 +348,7 @@ class Outcome(NamedTuple):
 
 @seeded
 def eot_attack(run, defence, x0, y, attack):
-    """Algorithm 3 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
+    """Algorithm 3 on images x0 [n, C, S, S] with labels y -> Outcome. Resumable."""
     x = x0.clone()
     period = attack.N + 1
     evaluations = attack.restarts * period
@@ -581,7 +581,7 @@ def figure_3_4(run, s, task, attack, score):
     factors = 1 / 30, 1 / 10, 1 / 3, 1
     return against_steps(run, s, task, attack, "figure3.4", factors, chain, ETA)
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_3_1],
     others=[
         table_3_3, noisy_classifier, table_4_1, table_4_2,

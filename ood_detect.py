@@ -595,7 +595,7 @@ def gallery(run, s, sets, detectors):
     run.pictures("gallery", pictures, 20)
     return rows
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_3_12, histogram, gallery],
     others=[table_3_13, eps_sweep, steps],
 )

@@ -11,35 +11,35 @@ defended classifier is an expectation over random chains: attack and verdict mus
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature
     Pixels in [0, 1] everywhere; networks scale to [-1, 1] inside. The source's tau is for [-1, 1]: halve it.
-    (2.2)   gradient of d = E_data[U] - E_chains[U], chains held fixed: the energy of data down, of chains up
+    (2.2)   V learns down the gradient of d = E_data[U] - E_chains[U], with chains held fixed.
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I): samples exp(-U); states are never clamped
     Alg. 2  The chains' states live in a bank, which begins as uniform noise and is never restarted. Adam
             comes first (short chains become realistic), then SGD (long ones do: the energy converges).
-    (2.4)   F(x) = E[f(P(x))], P(x): where K steps (2.3) from x end (the source calls P another T).
+    (2.4)   F(x) = E[f(P(x))], P(x): the state after K steps (2.3) from x.
             (2.5) F_H: mean logits of H chains.  (2.6) The prediction is argmax F_H(x).
-    (2.10)  BPDA+EOT, the gradient of the attack. EOT (expectation over transformation): it climbs the
-            cross-entropy of F_H. BPDA (backward pass differentiable approximation): P's derivative counts as
-            the identity.
+    (2.10)  BPDA+EOT. EOT (expectation over transformation): the attack climbs the cross-entropy of F_H. BPDA
+            (backward pass differentiable approximation): it takes the identity for P's derivative.
     Alg. 1  PGD (projected gradient descent): from a random point within eps of the image (the ball), N steps
             up the loss, each cut back into the ball and into [0, 1]. Each of the N + 1 states is judged by
             H_adv chains; if F_H is wrong, again by H_def fresh ones; if wrong again, the image is broken for
             good. Images misread before the attack are broken. A restart attacks the unbroken ones anew.
     (2.12)  Lyapunov exponent: of two chains with the same z, put back to distance d0 after every step, the
-            mean log growth of their distance in a step; > 0: chaos.
+            mean log growth of their distance in a step; > 0: chaos. (2.13): noise eta tau.
 
-The network V is piecewise linear (leaky ReLU). With its noise fixed a chain moves as x does, as BPDA says,
-but it jumps where V has a kink. No derivative sees jumps; the mean over the noise makes a slope of them:
-E[P(x)] moves less than x. The whole-chain attack (not in the source) goes back through all K steps, with a
-difference over the length of the noise for the derivative of each. Transfer: PGD images made for f alone.
+Is BPDA right? V is piecewise linear (leaky ReLU): between kinks grad V does not change with x, so a chain
+with given noise moves exactly as x does; at a kink it jumps. No derivative sees a jump, but the mean over the
+noise makes a slope of jumps: E[P(x)] moves less than x. The whole-chain attack (not in the source) goes back
+through all K steps, and takes for each derivative the difference between two starts as far apart as the noise
+is long, with the kinks between them. Transfer: PGD images made for f alone.
 Commands (two cores; all numbers: results/stochastic_security.md):
     python stochastic_security.py                     7 min: robust accuracy .02 without, .82 with the defence
-    python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2 (without whole chain)
+    python stochastic_security.py --dataset mnist     10 min: 0 and .27 at eps .2 (whole chain not tried)
     python stochastic_security.py --dataset cifar10   no GPU: four classes, an hour; BPDA .53, whole chain .35
     python stochastic_security.py --only gradients    why the whole-chain attack sees more than BPDA
 The log. d stays near 0; drift: a step's gradient part over its noise, below 1; spread: of the bank's pixels.
-Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). AT (adversarial training, by PGD
-images) attacks in eval mode; on SVHN from the first epoch on, and rates drop at 40, not 20 %. Figure 2.2's
-long runs are 200 times --k-train steps (20,000; source: 100,000).
+Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). AT (adversarial training, on PGD
+images) makes these in eval mode. SVHN's AT begins with the first epoch, and its rate drops at 40, not 20 %.
+Figure 2.2's long runs are 200 times --k-train steps (20,000; source: 100,000).
 """
 import math
 import time
@@ -65,11 +65,11 @@ SETTINGS = common.settings(
     first_class=(0, 0, 0, 0, 0, 0, 6, "CIFAR-10 on a CPU: this class and those after it, four of ten"),
     f_net=("small_cnn", "small_cnn", "wrn16", "wrn16", "wrn28", "wrn28", "small_cnn",
            "network (common.make_net)"),
-    f_width=(1, 1, 4, 4, 10, 10, 2, "its width; of wrn the widening factor"),
+    f_width=(1, 1, 4, 4, 10, 10, 2, "width of f; of wrn the widening factor"),
     f_iters=(300, 600, 6000, 6000, 50_000, 36_600, 1500, "updates of f, batch 100"),
     at_iters=(200, 600, 3000, 3000, 50_000, 36_600, 500, "updates of the AT baseline, by PGD of 10 steps"),
-    f_sgd=(0.0, 0.0, 0.1, 0.01, 0.1, 0.01, 0.0, "its rate of SGD, a tenth at 40 and 60 %; 0: Adam"),
-    augment=("none", "none", "crop_flip", "crop", "crop_flip", "crop", "crop_flip", "of batches"),
+    f_sgd=(0.0, 0.0, 0.1, 0.01, 0.1, 0.01, 0.0, "rate of SGD for f, a tenth at 40 and 60 %; 0: Adam"),
+    augment=("none", "none", "crop_flip", "crop", "crop_flip", "crop", "crop_flip", "of f's batches"),
     net=("light_ebm", "light_ebm; or gaussian, of the images' mean and covariance, a control"),
     width=(0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, "of the light EBM; 1: 32 channels"),
     updates=(800, 2000, 8000, 8000, 150_000, 150_000, 2000, "J: updates of the energy"),
@@ -80,7 +80,7 @@ SETTINGS = common.settings(
     bank=(1024, 1024, 5000, 5000, 0, 0, 1024, "persistent states; 0: as many as training images"),
     k_train=(20, 20, 25, 50, 100, 100, 20, "Langevin steps of an update"),
     tau=(0.015, 0.015, 0.02, 0.00875, 0.005, 0.00875, 0.02, "noise of a Langevin step; half the source's"),
-    temperature=(1e-4, 1e-4, 4e-4, 0.0175 ** 2 / 2, 5e-5, 0.0175 ** 2 / 2, 4e-4, "T; source: tau^2 / 2"),
+    temperature=(1e-4, 1e-4, 4e-4, 0.0175 ** 2 / 2, 5e-5, 0.0175 ** 2 / 2, 4e-4, "T; source: its tau^2 / 2"),
     data_noise=(0.03, 0.03, 0.04, 0.015, 0.01, 0.015, 0.04, "noise on the data in training"),
     k=(75, 100, 100, 500, 1500, 1500, 50, "K: Langevin steps of the defence"),
     h_def=(24, 24, 50, 50, 150, 150, 32, "chains of a verdict"),
@@ -117,8 +117,8 @@ def langevin_path(x, steps, V, tau, T):
     return x, way
 
 def step_back(v, x, after, V, tau, T):
-    """v times the derivative of a step at x. That is a symmetric matrix (noise does not depend on x), and
-    so the difference that a start farther along v makes, tau away in root mean square, stands in for it."""
+    """v^T J, J the derivative of a step at x. J = I - tau^2/(2T) Hessian is symmetric, so J v will do: what
+    a start farther along v changes. It is tau away (root mean square), so that kinks between them count."""
     size = v.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-30).float().view(-1, 1, 1, 1)
     scale = tau / size
     return (downhill(x + scale * v, V, tau, T) - after) / scale
@@ -138,7 +138,7 @@ def train_ebm(run, s, data, switch):
     V_fast = frozen_copy(V)
     bank = torch.rand(s.bank or len(data) // s.batch * s.batch, *data.shape, device=run.device)
     adam = torch.optim.Adam(V.parameters(), s.adam_lr)
-    sgd = torch.optim.SGD(V.parameters(), s.sgd_lr * s.temperature)  # undoes d's 1 / T; Adam ignores it
+    sgd = torch.optim.SGD(V.parameters(), s.sgd_lr * s.temperature)  # undoes d's 1 / T; Adam ignores scale
     made_from = common.pick(s, "updates adam_lr sgd_lr batch bank k_train tau temperature data_noise")
     made_from.update(V=V, switch=switch, images=data)
     training = Training(run, f"ebm-{switch}", made_from, limits={"drift": 10},
@@ -204,7 +204,7 @@ def pgd_step(x, f, x0, y, ball):
     return ball.ascend(x, x0, gradient)
 
 def pgd(f, x, y, steps, ball):
-    """PGD on f itself from a random start; x [B, C, S, S] in [0, 1] -> the last images. f: in eval mode."""
+    """PGD on f itself, in eval mode, from a random start; x [B, C, S, S] in [0, 1] -> the last images."""
     was_training = f.training
     f.eval()
     attacked = []
@@ -250,10 +250,10 @@ class Defence:
         return self.logits(x, H).mean(0).argmax(1)
 
     def gradient(self, x, y, H, whole=False):
-        """Eq. 2.10: F_H [B, classes], its loss' gradient. Back through P by BPDA, or the whole chain."""
+        """F_H [B, classes], and its loss' gradient in x: by BPDA (Eq. 2.10), or through the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # ways fill memory
+        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # a way fills memory
         for part, labels in zip(x.split(size), y.split(size)):
             if whole:
                 ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
@@ -296,7 +296,7 @@ class Outcome(NamedTuple):
 
 @seeded
 def eot_attack(run, defence, x0, y, attack):
-    """Algorithm 1 on images x0 [n, C, S, S] with labels y -> Outcome. Can be interrupted."""
+    """Algorithm 1 on images x0 [n, C, S, S] with labels y -> Outcome. Resumable."""
     x = x0.clone()
     period = attack.N + 1
     evaluations = attack.restarts * period
@@ -352,8 +352,8 @@ def lyapunov_step(pair, V, tau, T, eta, d0):
     return x, y, growth + (distance / d0).log()
 
 def lyapunov(x, steps, V, tau, T, eta, d0):
-    """Eq. 2.12: maximal exponent a step of each chain from x [B, C, S, S]; noise: eta times tau -> [B].
-    A third as many steps before, in which chains turn to the direction that grows most, do not count."""
+    """Eq. 2.12: maximal exponent per step of each chain from x [B, C, S, S]; noise: eta tau -> [B].
+    A third as many steps come first, uncounted: pairs turn to the direction that grows most."""
     direction = F.normalize(torch.randn_like(x).flatten(1)).view_as(x)
     zero = torch.zeros(len(x), device=x.device)
     x, y, _ = repeat(lyapunov_step, (x, x + d0 * direction, zero), steps // 3, V, tau, T, eta, d0)
@@ -408,7 +408,7 @@ def mean_end(run, defence, x, steps):
     return defence.purify(x, 16, steps).unflatten(0, (16, len(x))).mean(0)
 
 def gradients(run, s, defence, x, y, attack):
-    """Share of a change that chains keep (BPDA: 1), loss a step up each gradient, what attacks leave."""
+    """Share of a change that survives chains (BPDA: 1); loss along each gradient; what each attack leaves."""
     x, y = x[: s.few], y[: s.few]
     rows, seconds = [], {}
     noise = torch.randn_like(x)
@@ -459,7 +459,7 @@ def figure_2_3(run, s, defence, y, bpda):
     logits = defence.logits(bpda.x, s.h_def)  # [H_def, n, classes]
     F_H = logits.mean(0)
     same = logits.softmax(2).mean(0).argmax(1) == F_H.argmax(1)
-    rows, panels = [rate("mean softmax outputs (2.11) give the same class", same)], {}
+    rows, panels = [rate("mean softmax outputs (sec. 2.5.1) give the same class", same)], {}
     order = margin(F_H, y).abs().argsort()
     for name, i in (("borderline", order[0]), ("clear", order[-1])):
         chains = defence.logits(bpda.x[i : i + 1], 30 * s.h_def)[:, 0]  # [30 H_def, classes]
@@ -508,8 +508,8 @@ def figure_2_5(run, s, f_at, defence, x, y, attack):
 
 @torch.no_grad()
 def figure_2_6(run, s, ebm, x, transferred, bpda):
-    """Energies of natural, adversarial (those that were attacked) and noise images; whose is the higher."""
-    mine = bpda.natural | ~bpda.natural.any()  # smoke: all are misread
+    """Energies of images that were attacked: natural, adversarial, with noise; how often U rises."""
+    attacked = bpda.natural | ~bpda.natural.any()  # smoke: all are misread
     signs = (torch.rand_like(x) - 0.5).sign()
     sets = {
         "natural": x,
@@ -520,7 +520,7 @@ def figure_2_6(run, s, ebm, x, transferred, bpda):
     }
     U, rows = {}, []
     for name, images in sets.items():
-        U[name] = ebm(images[mine])[:, 0] / s.temperature
+        U[name] = ebm(images[attacked])[:, 0] / s.temperature
         rows.append(value(f"mean U, {name}", U[name].mean().item()))
         if name != "natural":
             higher = U[name] > U["natural"]
@@ -531,10 +531,10 @@ def figure_2_6(run, s, ebm, x, transferred, bpda):
 
 def figure_2_7(run, s, ebm, x):
     """Maximal Lyapunov exponent against the noise eta, for several distances d0, and steady-state samples."""
-    V = frozen_copy(ebm, fast=False)
+    V = frozen_copy(ebm, fast=False)  # bfloat16 would round d0 away
     rows, pictures = [], {}
     for eta in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
-        tau, T = eta * s.tau, eta**2 * s.temperature  # noise eta tau; eta leaves the drift as it is
+        tau, T = eta * s.tau, eta**2 * s.temperature  # Eq. 2.13: noise eta tau, the same gradient part
         settled = langevin(x[:16], 10 * s.k, V, tau, T)
         pictures[f"eta = {eta}: {10 * s.k} steps from data"] = settled
         for d0 in (0.01, 0.1, 1.0):  # l_2, in [0, 1] pixels
@@ -574,9 +574,9 @@ def figure_2_9(run, s, data, defence, adam_defence, features):
     return rows
 
 def figure_2_10(run, s, f, x, y):
-    """Cost of Langevin steps: the plain float32 loop and the fast path; and of a step of PGD on f (2.12)."""
+    """Cost of Langevin steps: the plain float32 loop, the fast path; of a PGD step on f (sec. 2.12)."""
     size, steps = (4, 2) if run.smoke else (100, 150)
-    V = common.make_net("light_ebm", 1, x.shape[1:], s.width).to(run.device)
+    V = common.make_net("light_ebm", 1, x.shape[1:], s.width).to(run.device)  # untrained
     x, y = x[:1].repeat(size, 1, 1, 1), y[:1].repeat(size)
     rows, speeds = [], []
     for title, fast in (("plain float32", False), ("fast path", True)):
@@ -591,7 +591,7 @@ def figure_2_10(run, s, f, x, y):
     return rows
 
 def precision(run, s, f, ebm, x, y, attack):
-    """The same attack on the same images with chains in bfloat16 (where there are units) and in float32."""
+    """The same attack on the same images with chains in bfloat16 (where hardware has it) and in float32."""
     rows = []
     a = attack._replace(restarts=1)
     for title, fast in ((", fast path", True), (", float32", False)):
@@ -600,7 +600,7 @@ def precision(run, s, f, ebm, x, y, attack):
         rows += rates(f"{title}, whole chain", eot_attack(run, defence, x, y, a._replace(whole=True)))[1:]
     return rows
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_2_1, table_2_2, figure_2_6],
     others=[gradients, figure_2_2, figure_2_3, figure_2_4, figure_2_5, figure_2_7, figure_2_8,
             figure_2_9, figure_2_10, precision],

@@ -443,7 +443,7 @@ def energies(run, s, data):
     finish(run, figure, "energies", sentence)
     return rows
 
-EXPERIMENTS = common.experiments(
+EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[figure_2_1, figure_2_2], others=[objectives, samplers, energies]
 )
 

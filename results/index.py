@@ -163,7 +163,7 @@ THESIS = [
     ("Eq. 2.8", "PGD", "stochastic_security.LInf"),
     ("Eq. 2.9", "EOT", "stochastic_security.Defence.gradient"),
     ("Eq. 2.10", "BPDA+EOT", "stochastic_security.Defence.gradient"),
-    ("Eq. 2.11", "averaged softmax outputs", "stochastic_security.figure_2_3"),
+    ("Eq. 2.11", "the Langevin equation in continuous time, with noise eta", "stochastic_security.lyapunov_step"),
     ("Eq. 2.12", "Lyapunov exponent", "stochastic_security.lyapunov"),
     ("Eq. 2.13", "Langevin step of another noise", "stochastic_security.lyapunov_step"),
     ("Figure 2.1", "a scheme of the defence", "-: a drawing"),

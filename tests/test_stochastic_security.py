@@ -1167,7 +1167,7 @@ def test_figure_2_3_draws_many_chains_of_the_least_and_the_most_certain_image():
     rows = ss.figure_2_3(run, s, Fixed(), y, SimpleNamespace(x=x))
     assert torch.equal(asked[0][0], x) and [H for _, H in asked] == [6, 180, 180]
     assert torch.equal(asked[1][0], x[1:2]) and torch.equal(asked[2][0], x[3:4])
-    assert rows[0]["quantity"] == "mean softmax outputs (2.11) give the same class" and rows[0]["n"] == 4
+    assert rows[0]["quantity"] == "mean softmax outputs (sec. 2.5.1) give the same class" and rows[0]["n"] == 4
     assert rows[0]["value"] == 0.75
     found = [(row["quantity"], row["H"], row["n"], round(row["value"], 6)) for row in rows[1:]]
     borderline, clear = "wrong F_H, borderline image", "wrong F_H, clear image"
