@@ -57,6 +57,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms import RandomResizedCrop, functional as T
 from torchvision.utils import make_grid
 import matplotlib.pyplot as plt
+plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 9, "legend.fontsize": 8})
 signal.signal(signal.SIGINT, _ON_CTRL_C)
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32; what may be rounded asks for bfloat16
 
@@ -336,37 +337,36 @@ class Run:
         """NAME.png: a picture grid below the other, {title: float [N, C, H, W], shown clamped to [0, 1]}."""
         high = [math.ceil(len(x) / columns) / columns for x in rows.values()]
         size = (9, 9 * sum(high) + 0.4 * len(rows))
-        figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=high,
-                                    layout="constrained")
+        figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=high)
         for axis, (title, x) in zip(axes[:, 0], rows.items()):
             picture_grid(axis, x, columns, title)
         self.save(figure, name)
 
     def lines(self, name, rows, x, **axis_settings):
-        """NAME.png: rows of results over each setting that x names ("steps length"), a line a quantity."""
+        """NAME.png: rows over each setting that x names ("steps N"): a line a quantity, shaded intervals."""
         panels = x.split()
-        figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 4.4 * len(panels), 3.6), squeeze=False,
-                                    layout="constrained")
+        figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 4.4 * len(panels), 3.6), squeeze=False)
         for axis, x in zip(axes[0], panels):
             for quantity in dict.fromkeys(row["quantity"] for row in rows if x in row):
                 points = [row for row in rows if row["quantity"] == quantity]
-                heights = [row["value"] for row in points]
-                axis.plot([row[x] for row in points], heights, "o-", ms=3, label=quantity)
+                places, heights = [row[x] for row in points], [row["value"] for row in points]
+                axis.plot(places, heights, "o-", ms=3, label=quantity)
+                if "interval" in points[0]:
+                    axis.fill_between(places, *zip(*[row["interval"] for row in points]), alpha=0.15)
             axis.set(xlabel=x, **axis_settings)
-            axis.legend(fontsize=8)
+            axis.legend(framealpha=0.5)
         self.save(figure, name)
 
     def histograms(self, name, panels):
         """NAME.png: {title: {label: values [n]}}, a panel for each title; dashed lines are means."""
-        size = (1 + 4 * len(panels), 3)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3), squeeze=False)
         for axis, (title, groups) in zip(axes[0], panels.items()):
+            edges = np.histogram_bin_edges(torch.cat([*groups.values()]).tolist(), 40)  # the same for all
             for i, (label, values) in enumerate(groups.items()):
-                axis.hist(values.tolist(), 20, density=True, alpha=0.6, color=f"C{i}", label=label)
+                axis.hist(values.tolist(), edges, density=True, histtype="step", color=f"C{i}", label=label)
                 axis.axvline(values.mean().item(), color=f"C{i}", ls="--", lw=1)
-            axis.set_title(title, fontsize=9)
-            axis.set_yticks([])
-            axis.legend(fontsize=8)
+            axis.set(title=title, yticks=[])
+            axis.legend()
         self.save(figure, name)
 
 # --- training loops and randomness --------------------------------------------------------------------------

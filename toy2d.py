@@ -270,13 +270,13 @@ def draw_plane(axis, f, blue, red, title):
 
 def four_panels():
     """A figure of four square panels with room for a sentence below."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.8))
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.8), layout="none")
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.09, top=0.93, wspace=0.04)
     return figure, axes
 
 def one_panel():
     """A figure of one panel with room for a sentence below."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.4))
+    figure, axis = plt.subplots(figsize=(6.5, 4.4), layout="none")
     figure.subplots_adjust(left=0.13, right=0.98, bottom=0.22, top=0.97)
     return figure, axis
 

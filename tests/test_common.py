@@ -533,12 +533,19 @@ def test_pictures_lines_and_histograms_are_written(tmp_path):
     drawn = []
     run.save = lambda figure, name: drawn.append((name, figure))
     rows = [common.value("a", 0.1, K=1), common.value("a", 0.2, K=3), common.value("b", 0.5, K=2), common.value("c", 9)]
+    rows += [common.rate("d", torch.tensor([True, False] * n), K=n) for n in (5, 50)]
     run.lines("lines", rows, "K", ylim=(0, 1))
     run.histograms("hist", {"left": {"x": torch.rand(9)}, "right": {"x": torch.rand(9), "y": torch.rand(9)}})
     run.pictures("pictures", {"one": 2 * torch.rand(5, 1, 8, 8), "two": torch.rand(3, 3, 8, 8)}, 4)
     assert [name for name, _ in drawn] == ["lines", "hist", "pictures"]
     lines = drawn[0][1].axes[0].get_lines()
-    assert [line.get_xydata().tolist() for line in lines] == [[[1, 0.1], [3, 0.2]], [[2, 0.5]]]
+    assert [line.get_xydata().tolist() for line in lines] == [[[1, 0.1], [3, 0.2]], [[2, 0.5]], [[5, 0.5], [50, 0.5]]]
+    (shade,) = drawn[0][1].axes[0].collections                                  # of d's intervals alone
+    for n in (5, 50):
+        edges = sorted(y for x, y in shade.get_paths()[0].vertices.tolist() if x == n)
+        assert [edges[0], edges[-1]] == pytest.approx(common.wilson(n, 2 * n))
+    bars = [patch.get_xy()[:, 0] for patch in drawn[1][1].axes[1].patches]
+    assert bars[0].tolist() == bars[1].tolist()                                 # one set of bins for x and y
     assert len(drawn[1][1].axes) == 2 and [a.get_title() for a in drawn[2][1].axes] == ["one", "two"]
     assert drawn[2][1].axes[0].get_images()[0].get_array().max() <= 1
 
