@@ -241,7 +241,7 @@ def test_tables_of_a_page_are_those_of_the_json(script):
     assert file.read_text() == pages().page(file)
 
 
-@pytest.mark.parametrize("file", ["README.md", *[f"results/{s}.md" for s in SCRIPTS]])
+@pytest.mark.parametrize("file", ["README.md", "results/README.md", *[f"results/{s}.md" for s in SCRIPTS]])
 def test_pictures_and_links_exist(file):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / file).read_text()):
         if not target.startswith("http"):
