@@ -39,8 +39,7 @@ Differs: fresh states are data, as the published code also allows for CIFAR-10 (
 They enter after the update (code: before). K = 2000 as the code (text: 1500). Lives are longer than the
 text's (K on average), but for --budget cpu. Alg. 4 also makes the short-run energy (p = 1/2, .4 tau, rate
 1e-4) and the long-run one (p / 20), of as many updates. ImageNet: ch. 4's network (code: BigGAN's), centre
-crops, mean logits (code: softmax outputs, a weaker attack). Masks hold a digit's class + 1 at its ink
-(source: pets). Glyphs and MNIST: symbols stand in for flowers.
+crops, mean logits (code: softmax outputs, weaker). Masks: a digit's class + 1 at its ink (source: pets).
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -90,6 +89,7 @@ SETTINGS = common.settings(  # a row: a value for each column, or one for all, t
     images=(60, 60, 200, 5000, 10_000, 60, "test images under attack; figure 3.1: up to 3 times as many"),
     few=(30, 30, 100, 125, 125, 30, "of these, in figures 3.3 and 3.4"),
     other=("symbols", "symbols", "cifar100", "cifar100", "flowers102", "cifar100", "data set of table 4.1"),
+    two_energies=(False, "figure 3.1: also a long-run energy that is added to the mid-run one"),
     u_iters=(1000, 1000, 3000, 50_000, 50_000, 1000, "updates of the U-Nets of table 4.2 and figure 3.4"),
 )
 SIGMA = 0.01  # noise that the score network takes off, [0, 1] pixels
@@ -156,10 +156,21 @@ def rejuvenate(bank, age, rows, p, data):
         bank[rows] = data.take(index).to(bank.device)
         age[rows] = 0
 
+class Added(nn.Module):
+    """The sum of two networks of V: one that stays as it is, one that learns (as in the published code)."""
+    def __init__(self, fixed, learns):
+        super().__init__()
+        self.fixed, self.learns = fixed.requires_grad_(False), learns
+
+    def forward(self, x):
+        return self.fixed(x) + self.learns(x)
+
 @seeded
-def train_midrun(run, s, data, name="energy"):
+def train_midrun(run, s, data, name="energy", fixed=None):
     """Algorithm 4 -> V, and the age of each state in the bank: Langevin steps since it was fresh, int64."""
     V = common.make_net(s.net, 1, data.shape, s.width).to(run.device)
+    if fixed:
+        V = Added(fixed, V)
     V_fast = frozen_copy(V)
     bank = data.take(torch.randint(len(data), (s.bank,))).to(run.device)
     age = torch.zeros(s.bank, dtype=torch.long, device=run.device)
@@ -198,7 +209,6 @@ def double_conv(c_in, c_out, norm):
 
 class UNet(nn.Module):
     """U-Net: images of shape (C, S, S) -> [B, outputs, S, S]. Another one inside works at half the side."""
-
     def __init__(self, outputs, shape, norm=nn.BatchNorm2d):
         super().__init__()
         channels, side, _ = shape
@@ -493,10 +503,7 @@ def table_4_1(run, s, other_task, attack):
 
 def table_4_2(run, s, mask_task, attack):
     """The energy before a U-Net: right by Eq. 4.3 (no defence: 1 by definition); mean Dice where attacked.
-
-    The source leaves open whether an attacked Dice is held against the clean image's without or with chains:
-    (4.3) is without, the last row with them.
-    """
+    Held against the clean image without chains (4.3), as the source may mean; in the last row with them."""
     task, left_out = mask_task
     rows, sets, mine = attacked(run, s, task, attack, "table4.2")
     mine = mine | ~mine.any()  # smoke: all are misread
@@ -528,13 +535,16 @@ def figure_3_1(run, s, data, test, features):
         "energy": s,
         "energy-long": replace(s, p=s.p / 20),
     }
+    if s.two_energies:
+        kinds["energy-two"] = kinds["energy-long"]
     metric, network = features
     some = data.take(common.shuffled(len(data), 321)[:5000]).to(run.device)
     reference = common.feature_statistics(network, some)
-    rows, pictures = [], {}
+    rows, pictures, learned = [], {}, {}
     for name, settings in kinds.items():
-        V, _ = train_midrun(run, settings, data, name)
-        chain = partial(langevin, V=frozen_copy(V), tau=settings.tau, T=s.temperature)
+        fixed = learned["energy"] if name == "energy-two" else None
+        learned[name], _ = train_midrun(run, settings, data, name, fixed)
+        chain = partial(langevin, V=frozen_copy(learned[name]), tau=settings.tau, T=s.temperature)
         (x, _), done = test.some(3 * s.images), 0
         for k in [0, *common.multiples(s.k_train / s.p, (1 / 16, 1 / 4, 1, 4, 10))]:
             x = by_parts(partial(chain, steps=k - done), x, run.chunk)
@@ -572,21 +582,18 @@ def against_steps(run, s, task, attack, name, factors, chain, tau):
 
 def figure_3_3(run, s, task, attack):
     """Natural and robust accuracy against K."""
-    factors = 1 / 10, 1 / 3, 1, 2, 5
-    return against_steps(run, s, task, attack, "figure3.3", factors, task.defence.chain, s.tau)
+    chain = task.defence.chain
+    return against_steps(run, s, task, attack, "figure3.3", (1 / 10, 1 / 3, 1, 2, 5), chain, s.tau)
 
 def figure_3_4(run, s, task, attack, score):
     """The same of the score network's chains."""
     chain = partial(score_chain, net=score)
-    factors = 1 / 30, 1 / 10, 1 / 3, 1
-    return against_steps(run, s, task, attack, "figure3.4", factors, chain, ETA)
+    return against_steps(run, s, task, attack, "figure3.4", (1 / 30, 1 / 10, 1 / 3, 1), chain, ETA)
 
 EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_3_1],
-    others=[
-        table_3_3, noisy_classifier, table_4_1, table_4_2,
-        figure_3_1, figure_3_2, figure_3_3, figure_3_4,
-    ],
+    others=[table_3_3, noisy_classifier, table_4_1, table_4_2,
+            figure_3_1, figure_3_2, figure_3_3, figure_3_4],
 )
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -604,8 +611,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     s, name = args.settings, args.dataset
-    side = 224 if name == "imagenet" else None
-    data, test = common.train_and_test(args, s.batch, s.images, side)
+    data, test = common.train_and_test(args, s.batch, s.images, 224 if name == "imagenet" else None)
     channels, side, _ = data.shape
     def others():
         load = partial(load_on_device, args, s.other, channels=channels, side=side)
@@ -630,19 +636,14 @@ def main(argv=None):
     chains = once(lambda: chains_of(s, midrun()[0]))
     task = once(lambda: learned("f", f_net, data, test, f_iters, shared=True, **options))
     f = once(lambda: task().defence.f)
-    run.experiments(
-        EXPERIMENTS,
-        data=data,
-        test=test,
-        midrun=midrun,
-        attack=Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def),
-        task=task,
-        noisy_task=once(lambda: learned("f-noisy", f_net, data, test, s.f_iters, noise=s.f_noise, **options)),
-        other_task=once(lambda: learned("f-other", other_net, *others(), s.f_iters, **options)),
-        mask_task=once(mask_task),
-        score=once(lambda: train_score(run, s, data)),
-        features=once(lambda: common.feature_network(data, args.data_dir, f)),
-    )
+    noisy_task = once(lambda: learned("f-noisy", f_net, data, test, s.f_iters, noise=s.f_noise, **options))
+    other_task = once(lambda: learned("f-other", other_net, *others(), s.f_iters, **options))
+    score = once(lambda: train_score(run, s, data))
+    features = once(lambda: common.feature_network(data, args.data_dir, f))
+    attack = Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def)
+    run.experiments(EXPERIMENTS, data=data, test=test, midrun=midrun, attack=attack, task=task,
+                    noisy_task=noisy_task, other_task=other_task, mask_task=once(mask_task), score=score,
+                    features=features)
 
 if __name__ == "__main__":
     common.call(main)

@@ -52,5 +52,5 @@ def page(file):
 
 if __name__ == "__main__":
     for file in sorted(HERE.glob("*.md")):
-        if file.stem != "INDEX":
+        if MARKER in file.read_text():
             file.write_text(page(file))

@@ -668,12 +668,28 @@ def test_frechet_distance_of_commuting_gaussians():
     assert lm.frechet_distance(m, one, m, one) == pytest.approx(0, abs=1e-9)
 
 
+def test_two_energies_add_and_one_of_them_learns(run):
+    s, data = settings(), some_images(130)
+    fixed = common.make_net("light_ebm", 1, (1, 28, 28), 0.05)
+    before = [weight.clone() for weight in fixed.parameters()]
+    V, _ = lm.train_midrun(run, s, data, "energy-two", fixed)
+    assert all(torch.equal(a, b) for a, b in zip(before, fixed.parameters()))
+    x = torch.rand(3, 1, 28, 28)
+    assert torch.allclose(V(x), fixed(x) + V.learns(x))
+    torch.manual_seed(run.seed)
+    untrained = common.make_net(s.net, 1, data.shape, s.width)
+    assert any(not torch.equal(a, b) for a, b in zip(untrained.parameters(), V.learns.parameters()))
+    resumed, _ = lm.train_midrun(run, s, data, "energy-two", fixed)
+    assert torch.equal(resumed(x), V(x))
+
+
 def test_figure_3_1_trains_the_three_kinds_and_follows_their_chains(run, monkeypatch):
     trained, chains = [], []
     made = {name: common.make_net("light_ebm", 1, (1, 28, 28), 0.05) for name in ("energy-short", "energy", "energy-long")}
 
-    def train(run_, s, data, name):
+    def train(run_, s, data, name, fixed=None):
         trained.append((name, s, data))
+        assert fixed is (made["energy"] if name == "energy-two" else None)
         return made[name], None
 
     def chain(x, steps, V, tau, T):
@@ -703,6 +719,11 @@ def test_figure_3_1_trains_the_three_kinds_and_follows_their_chains(run, monkeyp
         assert row["value"] == pytest.approx(2 * (here - reference).item() ** 2, rel=1e-3) and row["n"] == 12  # mean and spread
     assert torch.allclose(run.shown["figure3.1-states"]["energy, 400 steps"], start + 0.4, atol=1e-5)
     assert run.shown["figure3.1"] == rows
+    trained.clear()
+    made["energy-two"] = common.make_net("light_ebm", 1, (1, 28, 28), 0.05)
+    more = lm.figure_3_1(run, replace(s, two_energies=True), data, test, ("FD", lambda x: x.double().flatten(1).mean(1, keepdim=True)))
+    assert [name for name, _, _ in trained] == ["energy-short", "energy", "energy-long", "energy-two"] and trained[3][1] == replace(long, two_energies=True)
+    assert len(more) == 24 and more[18]["quantity"] == "FD, energy-two" and chains[-1][0] is not chains[-7][0]
 
 
 def test_figure_3_2_holds_the_bank_against_the_law(run):
