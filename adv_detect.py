@@ -521,9 +521,8 @@ def figure_3_2(run, s, f, models, test, source):
     """FPR against TPR of the first model, by f and without, under every attack. CIFAR-10: Fig. 3.4.
     An attack counts at its worst step for that way of detection; "all of these": image by image."""
     model = next(iter(models.values()))
-    fast = frozen_copy(f)
-    a = model.check  # the source's figure is of an l_inf model
-    if a.norm == "inf":
+    fast, a = frozen_copy(f), model.check
+    if a.norm == "inf":  # as the source's model
         a = source["figure3.2"]._replace(eps=a.eps)
     x, y = test.take(slice(0, s.images)), test.y[: s.images]
     def detections(x, y):
@@ -551,7 +550,8 @@ def figure_3_2(run, s, f, models, test, source):
         misread_by_f = trace[:, 0, trace.shape[-1] // 2 :].isfinite()  # in the second half of the steps
         turns = (misread_by_f[:, 1:] != misread_by_f[:, :-1]).float().mean().item()
         rows.append(value(f"share of later steps that turn f's reading, {title}", turns))
-    run.lines("figure3.2", rows, "tpr")
+    for way in clean:
+        run.lines(f"figure3.2-{way}", [row for row in rows if f"FPR, {way}" in row["quantity"]], "tpr")
     return rows
 
 def towards(run, name, f, robust, models, x, a):

@@ -781,9 +781,11 @@ def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch, its, used):
     monkeypatch.setattr(ad, "logits", logits)
     monkeypatch.setattr(ad, "bootstrap_interval", lambda statistic, z_clean, z: [statistic(z_clean, z).item()] * 2)
     lines = []
-    monkeypatch.setattr(common.Run, "lines", lambda self, name, rows, x, **_: lines.append((name, x)))
+    monkeypatch.setattr(common.Run, "lines", lambda self, name, rows, x, **_: lines.append((name, x, rows)))
     rows = ad.figure_3_2(run, s, f, {"A": model, "B": None}, test, {"figure3.2": Steps("inf", 0.3, 100, 0.1)})
-    assert [loss for loss, *_ in asked[::5]] == list(ad.LOSSES.values()) and lines == [("figure3.2", "tpr")]
+    assert [loss for loss, *_ in asked[::5]] == list(ad.LOSSES.values())
+    drawn = [(f"figure3.2-{way}", "tpr", [row for row in rows if f"FPR, {way}," in row["quantity"]]) for way in ("integrated", "generative")]
+    assert lines == drawn and all(len(rows) == 5 * (1 + len(ad.LOSSES)) for *_, rows in lines)
     assert all(a == used and same for _, a, same, *_ in asked)
     assert all(torch.equal(fast_f.net.weight, f.weight.to(fast_f.dtype)) and fast is H for _, _, _, fast_f, fast, *_ in asked)
     assert [len(x) for *_, x in asked[:5]] == [4, 4, 4, 4, 4]
@@ -945,7 +947,7 @@ def test_smoke_of_every_experiment(tmp_path, capsys):
     for name, entry in results.items():
         numbers = [row["value"] for row in entry["rows"] if not isinstance(row["value"], str)]
         assert numbers and all(map(math.isfinite, numbers)), name
-    for name in ("figure3.2", "figure3.3", "figure3.6"):
+    for name in ("figure3.2-integrated", "figure3.2-generative", "figure3.3", "figure3.6"):
         assert (tmp_path / "adv_detect-glyphs" / f"{name}.png").exists()
     capsys.readouterr()
     ad.main([*argv, "--only", "table3.2", "figure3.6"])                         # the same without those before it
