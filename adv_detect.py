@@ -467,7 +467,6 @@ def table_3_5(run, s, pairs, test):
 
 def table_3_6(run, s, models, test, source):
     """Mean l_2 of the smallest perturbations that are misread and accepted (TPR .95). CIFAR-10: Tab. 3.11.
-
     "one target": over all pairs of an image and a wrong class that it is pushed towards (the source draws
     one class for each image). "shortest": over images, each with its easiest. Any misreading counts.
     """
@@ -551,7 +550,8 @@ def figure_3_2(run, s, f, models, test, source):
         turns = (misread_by_f[:, 1:] != misread_by_f[:, :-1]).float().mean().item()
         rows.append(value(f"share of later steps that turn f's reading, {title}", turns))
     for way in clean:
-        run.lines(f"figure3.2-{way}", [row for row in rows if f"FPR, {way}" in row["quantity"]], "tpr")
+        of_way = [row for row in rows if f"FPR, {way}" in row["quantity"]]
+        run.lines(f"figure3.2-{way}", of_way, "tpr")
     return rows
 
 def towards(run, name, f, robust, models, x, a):
