@@ -752,7 +752,7 @@ def test_smallest_perturbations_are_judged_with_their_own_labels(tmp_path, monke
 ])
 def test_figure_3_2_counts_what_it_says(tmp_path, monkeypatch, its, used):
     """f and z_H are made up, others for each attack and each of its three steps. T is of all clean images."""
-    run, s = run_of(tmp_path, "--images", 20, "--chunk", 30)
+    run, s = run_of(tmp_path, "--images", 30, "--few", 20, "--chunk", 30)
     test, asked, steps = some_images(24), [], 3
     values = torch.randn(24, 10)
     attacked = torch.randn(len(ad.LOSSES), steps + 1, 20, 10)
