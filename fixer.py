@@ -6,21 +6,18 @@ An attack changes an image so little that nobody sees it, and yet an ordinarily 
 classifier f misreads it. Purification shows f only the end of a random walk from the image. An energy U is
 a network that gives an image one number, low for images like the training data. A chain takes many small
 noisy steps down that energy (Langevin dynamics), and loses the attack on the way. But it also frays strokes
-and leaves the noise of its last steps, so that f misreads images that nobody attacked. Here an
-image-to-image network G learns to lead purified natural (unattacked) images back to the images they came
-from, and stands in between: f(G(P(x))). Energy and classifier stay as they are, and G is never trained on
-an attacked image.
+and leaves the noise of its last steps, so that f misreads images that nobody attacked. Here an image-to-image
+network G learns to lead purified natural (unattacked) images back to where they came from, and stands in
+between: f(G(P(x))). Energy and classifier stay as they are, and G never sees an attacked image in training.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature.
     P(x): image x after K steps of a chain (the source calls it another T, and so do the tables)
     Pixels are in [0, 1]; networks scale inside. Neither chains nor G's output are ever clamped.
-
     (2.3)  A step of a chain: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
     (5.1)  F(x) = E[f(G(P(x)))].  (5.2) F_H: mean logits of H chains
     (5.3)  Phase 1: mean of |G(P(x)) - x|^2
     (5.4)  Phase 2, perceptual: mean over outputs of |phi(G(P(x))) - phi(x)|^2, phi: a loss network's first
            layers. Two images count as alike where that network sees the same in them.
-
 Pairs (P(x), x) come from exactly the defence's chains, drawn anew every few epochs. Phase 2 keeps the
 weights of the lowest validation loss, on pairs that G never saw.
 Attacks: PGD (projected gradient descent: steps up the loss, back into a ball around the image) on the mean
@@ -29,8 +26,7 @@ logits of many chains (EOT, expectation over transformation). Three ways lead ba
 (the source's way) for that of G too; "through G" derives G itself; "whole chain" (not in the source) derives
 G and all K steps, because chains forget their image, and the mean of P(x) moves less than x does. A step's
 derivative is taken as a difference between two starts, as far apart as its noise is long. PGD images made for
-f(x) and f(G(x)) are tried too. "Worst": images that survive all of these. What is misread before any attack
-counts as broken.
+f(x) and f(G(x)) are tried too. "Worst": what survives all of these. Misread before an attack: broken.
 Commands (two cores; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .57, with the Fixer .97
     python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
@@ -168,7 +164,6 @@ def finished(file, budget):
 
 class Fixer(nn.Module):
     """G: x [B, C, S, S] plus what an SNGAN generator without up-sampling makes of x; at first x alone."""
-
     def __init__(self, channels, width):
         super().__init__()
         blocks = [common.GBlock(width, width, up=False) for _ in range(4)]
@@ -554,9 +549,8 @@ def ablation(run, s, learn, perceptual, first, G, f, midrun, few, x_many, y_many
     fixers = {"no Fixer": nn.Identity(), "first phase": first, "Fixer": G}
     fixers["MSE alone"] = learn("mse-alone", loss=F.mse_loss, epochs=both)
     fixers["perceptual alone"] = learn("perceptual-alone", loss=perceptual, epochs=both)
-    fixers["pairs of another K"] = learn(
-        "fixer-other", loss=perceptual, epochs=s.perceptual_epochs, start=start, K=K
-    )
+    fixers["pairs of another K"] = learn("fixer-other", loss=perceptual, epochs=s.perceptual_epochs,
+                                         start=start, K=K)
     networks = {title: behind(net, f) for title, net in fixers.items()}
     return compared(run, s, midrun, networks, few, x_many, y_many, attack)
 
@@ -573,8 +567,14 @@ def honesty(run, s, f, other, noisy, G, midrun, few, x_many, y_many, attack):
         rows += compared(run, s, defence, networks, few, x_many, y_many, attack)
     return rows
 
+def cooler(run, s, f, midrun, few, x_many, y_many, attack):
+    """No Fixer, but chains of half the noise a step and four times the steps: as much noise in all."""
+    half = {name: partial(getattr(midrun, name), tau=s.tau / 2) for name in ("chain", "path", "back")}
+    defence = replace(midrun, K=4 * s.k, **half)
+    return compared(run, s, defence, {"f, cooler chains": f}, few, x_many, y_many, attack)
+
 EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
-    headline=[table_5_1, figure_5_2, figure_5_3], others=[stronger, upperbound, ablation, honesty]
+    headline=[table_5_1, figure_5_2, figure_5_3], others=[stronger, upperbound, ablation, honesty, cooler]
 )
 
 # --- command line -------------------------------------------------------------------------------------------

@@ -779,6 +779,21 @@ def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
     assert abs(moved.mean().item()) < 0.02 and noise.chain.func is fixer.noise
 
 
+def test_cooler_chains_have_as_much_noise_in_all(run, monkeypatch):
+    given = compare(monkeypatch)
+    f, V = nn.Linear(1, 1), common.make_net("light_ebm", 1, (1, 28, 28), 1 / 16).requires_grad_(False)
+    its = {"V": V, "tau": 0.06, "T": 1e-4}
+    midrun = Defence(f, 5, partial(fixer.langevin, **its), partial(fixer.langevin_path, **its), partial(fixer.pull_back, **its), 7)
+    rows = fixer.cooler(run, settings(k=5, tau=0.06), f, midrun, (1, 2), 3, 4, ATTACK)
+    (defence, networks, *rest), = given
+    assert list(networks.values()) == [f] and rest == [(1, 2), 3, 4, ATTACK] and len(rows) == 1
+    assert defence.K == 20 and defence.f is f and defence.chunk == 7
+    for name in ("chain", "path", "back"):
+        theirs, before = getattr(defence, name), getattr(midrun, name)
+        assert theirs.keywords == {**its, "tau": 0.03} and theirs.func is before.func and before.keywords["tau"] == 0.06
+    assert defence.K * theirs.keywords["tau"] ** 2 == pytest.approx(midrun.K * 0.06 ** 2)
+
+
 # --- the energy of the other script ---
 
 
