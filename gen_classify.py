@@ -15,9 +15,10 @@ samples. Begun at an image of another class it gives a counterfactual: that imag
     (3.39)  maximise E_k[log sigma(d_k(x))] + E_others[min log(1 - sigma(d_k(x')))], sigma the logistic
             function, the minimum over x' in the ball of radius --eps-out around x
     (3.45)  the same, with images of class k attacked too, downwards, in a ball of radius --eps-in
-    (3.42)  p(k | x) = exp(d_k(x) + c_k) / sum_j exp(d_j(x) + c_j): Bayes' rule for equally frequent classes
-    (3.43)  g(x) = the k with the largest d_k(x) + c_k; c_k, minus the log of d_k's unknown factor, makes the
-            d_k comparable, each trained alone; learned by cross-entropy of (3.42) on validation images
+    (3.42)  p(x | k) = exp(d_k(x)) / Z_k, Z_k unknown, and Bayes' rule for equally frequent classes give
+            p(k | x) = exp(d_k(x) + c_k) / sum_j exp(d_j(x) + c_j), with c_k = -log Z_k
+    (3.43)  g(x) = the k with the largest d_k(x) + c_k; c is learned by cross-entropy of (3.42) on validation
+            images (a sixth of the training images), and makes the d_k comparable, each trained alone
     (3.46)  attack on a softmax classifier: up the cross-entropy of the label
     (3.47)  attack on d: up d_k, once for each k but the label; (3.48) of these images the one whose
             d_k + c_k is largest
@@ -38,7 +39,7 @@ The log. loss: of one d_k, mean over k. inside, outside: mean d_k of its class, 
 Differs: networks are the last ones, not the best ones on test images. The source learns c on training images
 and stops where test images are read best; here c is learned on validation images, to the end (--calibrate
 test: on test images). The softmax classifier is trained here. BatchNorm in a d_k stays at mean 0, variance 1:
-attack and update see one function. Whether the source's d_k are of (3.39) or (3.45) it does not say: (3.39).
+attack and update see one function. The source does not say whether its d_k are of (3.39) or (3.45): (3.39).
 """
 import math
 from dataclasses import replace
@@ -200,7 +201,7 @@ def unbroken(run, net, x, y, K, still, loss, each, a):
     return still
 
 def likest_images(net, x, y, a):
-    """(3.48): (3.47) makes of images x [n, C, S, S] one for each class but y; of them the best by d + c."""
+    """(3.48): x [n, C, S, S] attacked by (3.47) towards each class but y; those of the largest d_k + c_k."""
     x0 = x.expand(net.d.K, *x.shape)
     made = repeat(training_step, x0, a.steps, net.d, x0, a, -1)  # for all classes at once
     n = torch.arange(len(x), device=x.device)
@@ -218,7 +219,7 @@ def source_attack(run, net, x, y, a):
 # --- training -----------------------------------------------------------------------------------------------
 
 def lists_of(images, classes):
-    """For each class: indices of its images; of all others, each repeated to the largest's number."""
+    """For each of classes: indices of its images; of all others, each class as often as the largest."""
     y = images.y.cpu()
     own = [(y == k).nonzero()[:, 0] for k in y.unique()]
     most = max(map(len, own))
@@ -331,7 +332,6 @@ def make_like(run, net, x, k, steps, step):
 
 def integrated_gradients(net, x, k, steps=100):
     """Each pixel's share of output k(x) - k(black): images [n, C, S, S], classes [n] -> the same shape.
-
     (Sundararajan et al. 2017), by the midpoint rule; the shares of an image sum to the difference.
     """
     total = torch.zeros_like(x)
@@ -353,6 +353,22 @@ def auroc(positive, negative):
     below = torch.searchsorted(ordered, positive.contiguous())
     up_to = torch.searchsorted(ordered, positive.contiguous(), right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
+
+def bootstrap(positive, negative, draws=500):
+    """95 % interval [low, high] of auroc(): both sets of scores drawn anew, with replacement."""
+    g = torch.Generator().manual_seed(0)
+    areas = []
+    for _ in range(draws):
+        i = torch.randint(len(positive), (len(positive),), generator=g)
+        j = torch.randint(len(negative), (len(negative),), generator=g)
+        areas.append(auroc(positive[i], negative[j]))
+    return torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+def auroc_row(title, positive, negative, **beside):
+    """A row: AUROC, its interval, numbers of both."""
+    positive, negative = positive.cpu(), negative.cpu()
+    beside.update(interval=bootstrap(positive, negative), positive=len(positive), n=len(negative))
+    return value(title, auroc(positive, negative), **beside)
 
 def distance_of(run, s, train, K):
     """FID where Inception-V3's weights are at hand, else FD-cls: its name, and a function of images."""
@@ -380,7 +396,6 @@ def natural(net, x, y):
 
 def table_3_14(run, s, test, nets, K):
     """Natural and robust accuracy of both classifiers under the same attacks.
-
     AUROC: are images after the source's attack told from clean ones by a lower largest output? .5: not.
     """
     x, y = test.some(s.images)
@@ -395,31 +410,29 @@ def table_3_14(run, s, test, nets, K):
             rows.append(rate(f"robust acc, {name}, {title}", still, eps=a.eps))
             worst = worst & still
         x_adv = source_attack(run, net, x, y, a)
-        still = natural(net, x_adv, y)
+        still = right & natural(net, x_adv, y)
         rows.append(rate(f"robust acc, {name}, source's attack", still, eps=a.eps))
         rows.append(rate(f"robust acc, {name}, worst", worst & still, eps=a.eps))
         clean = logits_of(net, x).amax(1)
         attacked = logits_of(net, x_adv).amax(1)
-        area = auroc(clean, attacked)
-        rows.append(value(f"AUROC of the largest output, {name}", area))
+        rows.append(auroc_row(f"AUROC of the largest output, {name}", clean, attacked))
     return rows
 
 def figure_3_7(run, s, test, nets, K):
     """Accuracy against the radius of attacks, both classifiers: the worst of four, and the source's.
-
     An image that is broken in a small ball is broken in a larger one, which holds the same image.
     """
     x, y = test.some(s.few)
     rows = []
     for name, net in nets.items():
-        still = natural(net, x, y)
+        right = still = natural(net, x, y)
         for title in ("worst", "source's attack"):
             rows.append(rate(f"robust acc, {name}, {title}", still, eps=0.0))
         for factor in (0.5, 1, 1.5, 2, 3):
             a = test_attack(s, factor * s.eps)
             for loss, each in ATTACKS.values():
                 still = unbroken(run, net, x, y, K, still, loss, each, a)
-            by_source = natural(net, source_attack(run, net, x, y, a), y)
+            by_source = right & natural(net, source_attack(run, net, x, y, a), y)
             still = still & by_source
             rows.append(rate(f"robust acc, {name}, worst", still, eps=a.eps))
             rows.append(rate(f"robust acc, {name}, source's attack", by_source, eps=a.eps))
@@ -444,17 +457,15 @@ def table_3_15(run, s, train, test, nets, distance, K):
     rows.append(value(f"{metric} held-out data", measure(x)))
     return rows
 
-def shown(run, s, figure, nets, title, x, k, columns):
+def shown(run, s, figure, nets, title, x, k, columns, counted=slice(None)):
     """FIGURE.png: what ten steps towards classes k [n] make of images x [n, C, S, S], by both classifiers.
-
-    Rows: the share of the images that one classifier made which the other reads as meant.
-    """
+    Rows: of the counted images that one classifier made, the share that the other reads as meant."""
     judges = dict(zip(nets, reversed(nets.values())))
     pictures, rows = {title: x}, []
     for name, net in nets.items():
         made = make_like(run, net, x, k, 10, s.seed_step)
         pictures[name] = made
-        meant = natural(judges[name], made, k)
+        meant = natural(judges[name], made, k)[counted]
         rows.append(rate(f"made by {name}, read as meant by the other", meant))
     run.pictures(figure, pictures, columns)
     return rows
@@ -466,10 +477,11 @@ def figure_3_8(run, s, train, nets, K):
     return shown(run, s, "figure3.8", nets, "seeds", seeds, k, 20)
 
 def figure_3_9(run, s, test, nets, K):
-    """Counterfactuals: test images, and what ten steps towards each class make of them."""
-    x, _ = test.some(5)
+    """Counterfactuals: test images, and what ten steps towards each class make of them (own: not counted)."""
+    x, y = test.some(5)
     k = torch.arange(K, device=x.device).repeat(5)
-    return shown(run, s, "figure3.9", nets, "test images", x.repeat_interleave(K, 0), k, K)
+    other = k != y.repeat_interleave(K)
+    return shown(run, s, "figure3.9", nets, "test images", x.repeat_interleave(K, 0), k, K, other)
 
 def figure_3_10(run, s, test, nets):
     """Integrated gradients of the label's output: which pixels speak for the class."""
@@ -497,7 +509,7 @@ def table_3_17(c):
     return [value(f"c_{k + 1}", number) for k, number in enumerate(c.tolist())]
 
 def figure_3_11(run, test, d):
-    """Histograms of d_k for images of class k and of the others; the first three classes."""
+    """Histograms of d_k for images of class k and of the others; the first three classes, d_1 to d_3."""
     x, y = test.some(2000)
     z = logits_of(d, x)
     panels, rows = {}, []
@@ -505,12 +517,13 @@ def figure_3_11(run, test, d):
         own = z[y == k, k]
         others = z[y != k, k]
         panels[f"d_{k + 1}"] = {"its class": own, "others": others}
-        rows.append(value(f"AUROC of d_{k + 1}, clean", auroc(own, others), n=len(own)))
+        rows.append(auroc_row(f"AUROC of d_{k + 1}, clean", own, others))
     run.histograms("figure3.11", panels)
     return rows
 
 def effect(run, s, train, test, name, title, **beside):
-    """Two rows: AUROC of the first three d_k (mean) for clean images, and where both sides are attacked."""
+    """Two rows: AUROC of the first three d_k (mean; trained without --auxiliary) for clean images, and where
+    both sides are attacked."""
     classes = range(3)
     d = train_d(run, replace(s, updates=s.ablation), name, train, classes)
     inside, outside = lists_of(test, classes)
@@ -562,7 +575,7 @@ def figure_3_14(run, s, train, test):
     return rows
 
 def figure_3_15(run, s, train, test):
-    """Attacks on other classes alone (3.39), and on the class itself too (3.45), in training."""
+    """Attacks on other classes alone (3.39), and on the class itself too, as large (3.45), in training."""
     rows = []
     for title, eps_in in (("(3.39)", 0.0), ("(3.45)", s.eps_out)):
         rows += effect(run, replace(s, eps_in=eps_in), train, test, f"eps-in-{eps_in:g}", title)
@@ -614,6 +627,7 @@ def main(argv=None):
     run = common.Run("gen_classify", args)
     K = int(data.y.max()) + 1
     build = partial(common.make_net, s.soft_net, K, data.shape, s.soft_width)
+    build()
     a = Radius(s.soft_eps, s.steps, s.soft_eps / 5)
     attacked = {"adversary": partial(adversary, a=a), "made_from": {"attack": a}}
     if data.shape[0] == 3:
@@ -630,16 +644,7 @@ def main(argv=None):
         softmax = common.train_classifier(run, "softmax", build, train, updates, batch, **attacked)
         return {"generative": Generative(d(), c()), "softmax": softmax}
     distance = once(lambda: distance_of(run, s, train, K))
-    run.experiments(
-        EXPERIMENTS,
-        train=train,
-        test=test,
-        d=d,
-        c=c,
-        nets=nets,
-        distance=distance,
-        K=K,
-    )
+    run.experiments(EXPERIMENTS, train=train, test=test, d=d, c=c, nets=nets, distance=distance, K=K)
 
 if __name__ == "__main__":
     common.call(main)

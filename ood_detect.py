@@ -19,14 +19,14 @@ trained detector then finds little that was not tried before.
                 found in the ball of radius --eps around it; the data are clean
 
 Peers, each trained here on the same images with the same network:
-    softmax            a classifier of the data's classes. Two scores: the log of its largest probability, and
-                       the logsumexp of its outputs (minus its "free energy")
+    softmax            a classifier of the data's classes. Two scores: its largest probability's log odds, and
+                       the logsumexp of its outputs (-1 times the "free energy")
     Outlier Exposure   a classifier that is also taught to give images of p0 equal probabilities
     binary             Eq. 3.36 without attacks
     RATIO              a classifier taught on attacked data, and equal probabilities on attacked p0
 
 Attacks in tests: Auto-PGD (Croce and Hein 2020), PGD with momentum that halves its steps where they stop to
-help and goes back to its best image; PGD with constant steps; and the images that fooled the other detectors.
+help and goes back to its best image; PGD with constant steps; in tables the images that fooled others, too.
 
 Commands (two cores; all numbers: results/ood_detect.md):
     python ood_detect.py                      5 minutes: worst-case AUROC of symbols .86, softmax .43
@@ -36,9 +36,8 @@ Commands (two cores; all numbers: results/ood_detect.md):
 The log. loss: what is minimised. inside, outside: mean score of the data and of p0, attacked where they are.
 
 Differs: the source's p0, 80 Million Tiny Images, is withdrawn; here it is Tiny ImageNet's first 150 classes,
-not cleaned of look-alikes of the data, or letters. p0's other classes are an out-distribution set; some of
-these letters have an upper-case twin in p0. Test data are held out. RATIO and Outlier Exposure have this
-method's radii, network and updates, not those of their papers.
+not cleaned of look-alikes of the data, or letters. p0's other classes are an out-distribution set; some have
+an upper-case twin in p0. RATIO and Outlier Exposure have this method's radii, network and updates.
 """
 import json
 import math
@@ -99,8 +98,9 @@ def logit(z):
     return z[:, 0]
 
 def confidence(z):
-    """Log of a classifier's largest probability: outputs [n, K] -> [n]. It ranks as the probability does."""
-    return z.log_softmax(1).amax(1)
+    """log p / (1 - p) of the largest probability p: [n, K] -> [n]. Ranks as p does; no ties near p = 1."""
+    top, k = z.max(1, keepdim=True)
+    return top[:, 0] - z.scatter(1, k, -math.inf).logsumexp(1)
 
 def free_energy(z):
     """Minus the free energy of a classifier: outputs [n, K] -> [n]."""
@@ -141,23 +141,23 @@ def direction(gradient, norm):
     """Signs (inf), or the gradient at length 1 (2). A gradient of 0 moves nothing."""
     return gradient.sign() if norm == "inf" else gradient / length(gradient).clamp(min=1e-30)
 
-def momentum_step(state, loss, x0, a, *about):
-    """A step down loss(x, *about), then back into the ball. state: images x, and the last move m."""
+def momentum_step(state, loss, x0, a, *loss_args):
+    """A step down loss(x, *loss_args), then back into the ball. state: images x, sum of past directions m."""
     x, m = state
     with fast_precision(x.device):
-        gradient = input_gradient(lambda x: loss(x, *about), x)
+        gradient = input_gradient(lambda x: loss(x, *loss_args), x)
     m = a.momentum * m + direction(gradient, a.norm)
     return project(x - a.step * m, x0, a), m
 
-def momentum_pgd(loss, x0, a, *about):
-    """PGD from images x0 [B, C, S, S] in [0, 1] -> the images where it ends. about: what loss needs too."""
+def momentum_pgd(loss, x0, a, *loss_args):
+    """PGD from images x0 [B, C, S, S] in [0, 1] -> the images where it ends."""
     if not 0 <= x0.min() <= x0.max() <= 1:
         raise ValueError("an attack wants images in [0, 1]")
-    return repeat(momentum_step, (x0, 0 * x0), a.steps, loss, x0, a, *about)[0]
+    return repeat(momentum_step, (x0, 0 * x0), a.steps, loss, x0, a, *loss_args)[0]
 
 @torch.no_grad()
-def apgd(loss, x0, a, start, *about):
-    """Auto-PGD (Croce and Hein 2020) down loss(x, *about): the best image; a.step is not used."""
+def apgd(loss, x0, a, start, *loss_args):
+    """Auto-PGD (Croce and Hein 2020) down loss(x, *loss_args): the best image; a.step is not used."""
     x = best_x = start
     step = last_step = torch.full_like(x0[..., :1, :1, :1], 2 * a.eps)
     best = step + math.inf
@@ -165,7 +165,7 @@ def apgd(loss, x0, a, start, *about):
     fell = 0  # how often the loss went down; .75, .22, .03, .06: constants of Auto-PGD
     period = checkpoint = max(round(0.22 * a.steps), 1)
     for t in range(a.steps):
-        now = loss(x, *about)[..., None, None, None]
+        now = loss(x, *loss_args)[..., None, None, None]
         fell = fell + (now < before)
         best_x = torch.where(now < best, x, best_x)
         best = torch.minimum(best, now)
@@ -179,13 +179,14 @@ def apgd(loss, x0, a, start, *about):
             x = torch.where(stuck, best_x, x)
             period = max(period - round(0.03 * a.steps), round(0.06 * a.steps), 1)
             checkpoint += period
-        gradient = input_gradient(lambda x: loss(x, *about), x)
+        gradient = input_gradient(lambda x: loss(x, *loss_args), x)
         z = project(x - step * direction(gradient, a.norm), x0, a)
         if t == 0:  # no momentum yet
             last_best, moved = best, z - x
         z = project(x + 0.75 * (z - x) + 0.25 * moved, x0, a)  # momentum
         x, moved = z, z - x
-    return best_x
+    last = loss(x, *loss_args)[..., None, None, None]
+    return torch.where(last < best, x, best_x)
 
 def on_sphere(x0, a):
     """A random start on the surface of the ball, clipped to [0, 1]."""
@@ -197,7 +198,6 @@ def score_loss(x, net, score, sign):
 
 def worst_case(detector, x0, a, restarts, sign=1):
     """Images near x0 [n, C, S, S] with the highest score that was found (sign -1: lowest), and it [n].
-
     Tried, image by image: the image itself, PGD with constant steps, Auto-PGD from random starts.
     """
     about = (detector.net, detector.score, sign)
@@ -304,7 +304,6 @@ def augmented(x):
 @seeded
 def train(run, s, name, data, p0):
     """One of METHODS -> its network.
-
     It is in eval mode throughout: BatchNorm, where there is any, has to be the same function in the attack
     and in the update. So it keeps the mean 0 and the variance 1 of its start; its scales are learned.
     """
@@ -359,7 +358,6 @@ class ResBlk(common.Residual):
 
 class ResBlockD(nn.Module):
     """The D of Tab. 2.2, its stem 3x3 as in the source's code. [B, 3, side, side] -> [B, outputs].
-
     20,851,777 parameters at 256 pixels. Other powers of two: a stem of 2^14 / side channels, doubled by each
     block to at most 512, and log2(side) - 2 blocks, down to 4x4.
     """
@@ -414,9 +412,12 @@ def load_p0(args, shape, name, split="train"):
     return Images(p0.x[kept], p0.y[kept], f"{name}:{n}")
 
 def single_colours(n, shape):
-    """n images of one colour each, uniformly drawn: uint8 [n, C, S, S]."""
+    """Images of one colour each, at random; of greys at most the 256 that there are: uint8 [n, C, S, S]."""
     g = torch.Generator().manual_seed(7)
-    return torch.randint(0, 256, (n, shape[0], 1, 1), dtype=torch.uint8, generator=g).expand(n, *shape)
+    colours = torch.randint(0, 256, (n, shape[0]), generator=g)
+    if shape[0] == 1:
+        colours = torch.randperm(256, generator=g)[:n, None]
+    return colours.to(torch.uint8)[:, :, None, None].expand(-1, *shape)
 
 def smooth_noise(n, shape):
     """n images of noise on a grid of 4 x 4, enlarged: uint8 [n, C, S, S]."""
@@ -430,7 +431,6 @@ def hashes(images):
 
 def other_sets(args, s, data, test, p0):
     """Out-distribution test sets by name -> images [n, C, S, S], and how many were removed.
-
     Removed are images that stand, pixel for pixel, in p0 or in either split of the data. Of the data set that
     p0 comes from, p0's classes are left out.
     """
@@ -451,8 +451,8 @@ def other_sets(args, s, data, test, p0):
             found[name] = Images(found[name].x[kept], found[name].y[kept], name)
     y = torch.zeros(s.images, dtype=torch.int64)
     found["smooth noise"] = Images(smooth_noise(s.images, shape), y, "smooth noise")
-    n = min(s.images, 256)  # there are no more greys
-    found["single colours"] = Images(single_colours(n, shape), y[:n], "single colours")
+    plain = single_colours(s.images, shape)
+    found["single colours"] = Images(plain, y[: len(plain)], "single colours")
     sets = {}
     for name, images in found.items():
         new = torch.tensor([number not in seen for number in hashes(images)], dtype=torch.bool)
@@ -486,12 +486,13 @@ def false_positives(positive, negative):
     return (negative >= threshold).float().mean().item()
 
 def area_row(title, positive, negative, **beside):
-    """A row: AUROC, its interval, n, and the false positive rate at a true one of .95."""
+    """A row: AUROC, its interval, numbers of data and of others, false positive rate at a true one of .95."""
     positive, negative = positive.cpu(), negative.cpu()
     return value(
         title,
         auroc(positive, negative),
         interval=bootstrap(positive, negative),
+        data=len(positive),
         n=len(negative),
         fpr95=false_positives(positive, negative),
         **beside,
@@ -501,7 +502,6 @@ def area_row(title, positive, negative, **beside):
 
 def table_3_12(run, s, test, sets, detectors):
     """AUROC of clean images and in the worst case, for each method and each out-distribution set.
-
     removed: images that were known. data_attacked: AUROC where the data are attacked and the others clean.
     """
     a = Ball("2", s.eps, s.iterations)
@@ -523,7 +523,8 @@ def table_3_12(run, s, test, sets, detectors):
     return rows
 
 def table_3_13(run, s, test, sets, detectors):
-    """The models of at_gen.py on large pictures, attacked within a radius of 7 at 256 pixels."""
+    """The models of at_gen.py on large pictures, attacked within a radius of 7 at 256 pixels, whatever --eps
+    says. removed: images of the test split (the training split is not searched)."""
     return table_3_12(run, replace(s, eps=7 * test.shape[1] / 256), test, sets, detectors)
 
 def first_set(sets):
@@ -532,7 +533,8 @@ def first_set(sets):
     return title, x
 
 def eps_sweep(run, s, test, sets, detectors):
-    """Worst-case AUROC of the first out-distribution set against the radius of the attack, one restart."""
+    """AUROC of the first out-distribution set under attacks on the detector itself, against their radius, one
+    restart. (Table 3.12's worst case also has images that fooled other detectors.)"""
     title, x = first_set(sets)
     x_in = test.some(s.images)[0]
     rows = []
@@ -542,11 +544,11 @@ def eps_sweep(run, s, test, sets, detectors):
             a = Ball("2", factor * s.eps, s.iterations)
             scores = search(run, detector, x, a, 1)[1] if factor else detector(x)
             rows.append(area_row(name, inside, scores, eps=a.eps, set=title))
-    run.lines("eps-sweep", rows, "eps", ylabel=f"worst-case AUROC, {title}")
+    run.lines("eps-sweep", rows, "eps", ylabel=f"AUROC under attack, {title}")
     return rows
 
 def steps(run, s, test, sets, detectors):
-    """Worst-case AUROC of the method against the attack's iterations, and against restarts."""
+    """AUROC of the method under attacks on itself, against their iterations, and against restarts."""
     title, x = first_set(sets)
     detector = detectors[OURS]
     inside = detector(test.some(s.images)[0])
@@ -559,7 +561,7 @@ def steps(run, s, test, sets, detectors):
         a = Ball("2", s.eps, s.iterations)
         _, scores = search(run, detector, x, a, restarts)
         rows.append(area_row("more restarts", inside, scores, restarts=restarts, set=title))
-    run.lines("steps", rows[:6], "iterations", xscale="log", ylabel=f"worst-case AUROC, {title}")
+    run.lines("steps", rows[:6], "iterations", xscale="log", ylabel=f"AUROC under attack, {title}")
     return rows
 
 def histogram(run, s, test, sets, detectors):

@@ -405,8 +405,9 @@ def test_table_3_14_joins_the_attacks_image_by_image(run, monkeypatch, nets):
     for name, net in nets.items():  # labels that both read rightly, but for the first image
         monkeypatch.setattr(type(net), "forward", lambda self, x, y=y: F.one_hot(y[: len(x)], 10) * (2 - x.amax()))
 
-    def natural(net, x, y):  # the source's attack, which adds 1, breaks the last image
-        return torch.tensor([False] + [True] * (len(x) - 2) + [x.min().item() < 1])
+    def natural(net, x, y):  # the source's attack, which adds 1, breaks the last image; the first is misread before it alone
+        attacked = x.min().item() >= 1
+        return torch.tensor([attacked] + [True] * (len(x) - 2) + [not attacked])
     monkeypatch.setattr(gc, "natural", natural)
     broken = {loss: torch.arange(6) == i + 1 for i, (loss, _) in enumerate(gc.ATTACKS.values())}
     calls = []
@@ -457,7 +458,10 @@ def test_counterfactuals_are_judged_by_the_other(run, monkeypatch, nets):
     judged = []
     monkeypatch.setattr(gc, "make_like", lambda run, net, x, k, steps, step: (x + list(nets.values()).index(net)).clamp(0, 1))
     monkeypatch.setattr(gc, "natural", lambda net, x, k: judged.append((net, x.mean().item() == 1, k)) or k > 4)
-    gc.figure_3_9(run, SMOKE, some_images(), nets, 10)
+    rows = gc.figure_3_9(run, SMOKE, some_images(), nets, 10)
+    asked = torch.arange(10).repeat(5) != some_images().some(5)[1].repeat_interleave(10)
+    for row in rows:  # of 50 pictures five are of their own class, and do not count
+        assert row["n"] == 45 and row["value"] == pytest.approx((asked & (torch.arange(10).repeat(5) > 4)).sum().item() / 45)
     (first, white, k), (second, whiter, _) = judged
     assert first is nets["softmax"] and not white and second is nets["generative"] and whiter
     assert k.tolist() == list(range(10)) * 5 and set(run.shown["figure3.9"]) == {"test images", *nets}
@@ -507,7 +511,8 @@ def test_figure_3_11_holds_each_d_k_against_its_own_class(run, monkeypatch):
     assert list(panels) == ["d_1", "d_2", "d_3"]
     for k, row in enumerate(rows):
         own, others = z[y == k, k], z[y != k, k]
-        assert row["value"] == pytest.approx(gc.auroc(own, others)) and row["n"] == len(own)
+        assert row["value"] == pytest.approx(gc.auroc(own, others)) and (row["positive"], row["n"]) == (len(own), len(others))
+        assert row["interval"] == gc.bootstrap(own, others) and row["interval"][0] < row["value"] < row["interval"][1]
         shown = panels[f"d_{k + 1}"]
         assert torch.equal(shown["its class"], own) and torch.equal(shown["others"], others)
 

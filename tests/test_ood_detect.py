@@ -58,7 +58,9 @@ class Sum(nn.Module):
 
 def test_scores_are_high_for_sure_outputs():
     z = torch.tensor([[0.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
-    assert od.confidence(z).exp().tolist() == pytest.approx([1 / 3, math.e**5 / (math.e**5 + 2)])
+    assert od.confidence(z).sigmoid().tolist() == pytest.approx([1 / 3, math.e**5 / (math.e**5 + 2)])
+    sure = od.confidence(torch.tensor([[30.0, 0.0, 0.0], [40.0, 0.0, 0.0], [40.0, 0.0, 39.0]]))
+    assert sure[1] > sure[0] > 20 and sure[2] < 2                               # where the probability rounds to 1: no tie
     assert od.free_energy(z).tolist() == pytest.approx([math.log(3), math.log(math.e**5 + 2)])
     assert od.logit(torch.tensor([[2.0], [-1.0]])).tolist() == [2, -1]
 
@@ -186,6 +188,20 @@ def test_attacked_images_stay_in_the_ball_and_score_higher(run, exact):
         found, score = od.search(run, detector, x, a, 1, sign)
         assert 0 <= found.min() and found.max() <= 1 and od.length(found - x).max() < 1.0001
         assert (sign * (score - detector(x)) > 0).all() and torch.allclose(detector(found), score, atol=1e-5)
+
+
+def test_apgd_looks_at_its_last_image_too():
+    """Each image that it asks for is better than all before it: the last one asked for is the best."""
+    asked = []
+
+    def loss(x):
+        if not x.requires_grad:
+            asked.append(x)
+        return -float(len(asked)) + 0 * x.sum((1, 2, 3))
+    a = od.Ball("2", 1.0, 6)
+    x0 = torch.rand(2, 1, 4, 4)
+    found = od.apgd(lambda x: loss(x) + 1e-3 * x.sum((1, 2, 3)), x0, a, x0)
+    assert len(asked) == a.steps + 1 and torch.equal(found, asked[-1]) and not torch.equal(found, x0)
 
 
 # --- training ---
@@ -388,6 +404,9 @@ def test_the_data_is_never_its_own_out_distribution():
 def test_made_up_sets():
     colours = od.single_colours(5, (3, 8, 8)).float()
     assert colours.flatten(2).std(2).max() == 0 and colours.flatten(2)[:, :, 0].std() > 20
+    grey = od.single_colours(300, (1, 8, 8))                                    # there are no more than 256, all different
+    assert grey.shape == (256, 1, 8, 8) and len(set(grey[:, 0, 0, 0].tolist())) == 256
+    assert len(od.single_colours(300, (3, 8, 8))) == 300
     smooth = od.smooth_noise(50, (1, 28, 28)).float()
     steps = (smooth[..., 1:] - smooth[..., :-1]).abs().mean()
     assert smooth.std() > 30 and steps < smooth.std() / 4
