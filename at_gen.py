@@ -28,12 +28,12 @@ and fills a hole (nothing is trained for that), and it carries images of other d
 
 Commands (two cores; all numbers: results/at_gen.md):
     python at_gen.py                      7 min: FD-cls of samples 25, of p0 135, of held-out data 1.6
-    python at_gen.py --dataset mnist      17 min of one core: 13, 57 and 1.5 (older code)
+    python at_gen.py --dataset mnist      17 min of one core: the same, 13, 57 and 1.5 (older code)
     python at_gen.py --only figure2.12    24 min of one slow core: digits to letters, by a second model
     python at_gen.py --input photos --task denoise --output clean    the trained model, your own pictures
     python at_gen.py --dataset cifar10    a GPU; --budget paper: Tab. 2.3, 2.4 (FID of the source 13.2)
 Ablations are commands, each with its --out: --k-min 5 --k-max 5 --iters-per-k 2730 (figures 2.4 and 2.5),
---r1 0, --pretrain 300 (figure 2.6). Church at 64 pixels: --budget paper --side 64, all steps a quarter.
+--r1 0, --pretrain 300 (figure 2.6). Church at 64 pixels: --budget paper --side 64, steps a quarter as long.
 
 The log. loss starts at log 2 = .693, falls while K is small, then climbs back towards log 2, its value at
 the optimum; an f that learns nothing has it, too, so look at fd. f_data and f_adv, mean logits of data and of
@@ -540,7 +540,7 @@ def figure_2_7(run, s, f, seeds, reference):
 def figure_2_9(run, s, distance, f, seeds):
     """Samples from blurred images of p0 (deviation: 10 pixels of 256), beside those from sharp ones."""
     sigma = s.side * 10 / 256
-    blur = partial(gaussian_blur, kernel_size=2 * math.ceil(3 * sigma) + 1, sigma=sigma)
+    blur = lambda x: gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma).clamp(0, 1)
     rows, pictures = [], {}
     for title, start in {"p0": seeds, "blurred p0": replace(seeds, change=blur)}.items():
         fd = distance_of_samples(s, distance, start, f)
@@ -551,7 +551,7 @@ def figure_2_9(run, s, distance, f, seeds):
     return rows
 
 def figure_2_11(run, s, f, seeds, foreign):
-    """Images of p0 and of another domain on their way into the data's, and beyond, by number of steps."""
+    """Images of p0, and of --foreign, if that is another set, on their way into the data's, and beyond."""
     rows = []
     for title, start in {s.p0: seeds, s.foreign: foreign}.items():
         pictures = {}
@@ -583,7 +583,7 @@ def figure_2_12(run, s, f, foreign, held_out, learn, load):
     return rows
 
 def figure_2_15(run, s, distance, f, seeds, held_out, reference):
-    """Nearest training images of samples and of held-out data, by pixels and by features; figure 2.17."""
+    """Nearest images of --reference training images, to samples and to held-out data; also figure 2.17."""
     sets = {"samples": pgd_attack(f, seeds.first(100), s.sample_steps, s.sample_step)}
     sets["held-out data"] = held_out.first(100)
     looks = {"pixels": torch.Tensor.float, "features": lambda x: distance.features([x])}
@@ -608,8 +608,8 @@ def figure_2_16(run, s, f, seeds):
     run.pictures("figure2.16", {f"pair {i}": strip for i, strip in enumerate(strips, 1)}, 9)
     jumps = (strips[:, 1:] - strips[:, :-1]).flatten(2).norm(dim=2).amax(1)
     ends = (strips[:, -1] - strips[:, 0]).flatten(1).norm(dim=1)
-    quantity = "largest jump between neighbours / distance of the ends"
-    return [value(quantity, (jumps / ends).mean().item(), n=len(ends))]
+    mean = (jumps / ends).mean().item()
+    return [value("largest jump between neighbours / distance of the ends", mean, n=len(ends))]
 
 EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
     headline=[table_2_5, table_2_7, table_2_8, table_2_10, table_2_11, figure_2_7, figure_2_11,
@@ -638,7 +638,7 @@ def convert(s, f, pictures, shape, device):
             x = torch.where(middle_hole(x), 0.5, x)
         x = pgd_attack(f, x, steps, step)
         with common.whole_file(Path(s.output).expanduser() / f"{i:04}-{file.stem}.png") as scratch:
-            to_pil_image(x[0].cpu()).save(scratch, "PNG")
+            to_pil_image((255 * x[0].cpu()).round().byte()).save(scratch, "PNG")
 
 # --- command line -------------------------------------------------------------------------------------------
 
@@ -650,8 +650,8 @@ def get_args(argv=None):
     common.at_least(12, s, "images reference")
     common.at_least(11, s, "side")  # the window of ssim()
     common.above_0(s, "width cls_width lr")
-    if s.task not in TASKS or bool(s.input) != bool(s.output):
-        raise UserError(f"--input and --output go together, and --task is one of: {', '.join(TASKS)}")
+    if s.task not in TASKS or bool(s.input) != bool(s.output) or (s.task != "generate" and not s.input):
+        raise UserError(f"--input, --output and --task go together; --task is one of: {', '.join(TASKS)}")
     if s.k_min > s.k_max:
         raise UserError(f"--k-min {s.k_min} is above --k-max {s.k_max}")
     return args
@@ -669,7 +669,7 @@ def main(argv=None):
     fitting = max(PIXELS // s.side**2, 1)
     select = partial(Selection, size=min(args.chunk, fitting), device=device)
     seeds = select(pool, chosen)
-    order = torch.arange(len(data))
+    order = common.shuffled(len(data), 6)  # a folder's files may lie class by class
     reference = select(data, order[: s.reference])
     floor = select(data, order[s.reference :][: s.images])  # what perfect samples would be like
     test = load_images(args.dataset, "test", args.data_dir, side=s.side).to(device)

@@ -62,7 +62,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     smoke=dict(width=0.0625, width_g=0.0625, batch=8, gan_iters=2, ae_iters=2, cls_iters=3, images=24,
                synth_updates=3, synth_k=2, synth_k_test=3, refine_updates=3, refine_k=2, refine_k_test=3,
                retrofit_updates=3, retrofit_k=2, retrofit_k_test=3),
-    mode=("all", "the tables and figures of one mode: synth, refine or retrofit; all"),
+    mode=("all", "experiments of one mode: synth, refine, retrofit; all: the headline; --only goes first"),
     side=(28, 28, 32, 64, 32, 32, 64, 128, "pixels; pictures in files are resized"),
     net=("light_ebm", "light_ebm", "sngan", "sngan", "sngan", "sngan", "sngan", "sngan",
          "network of H, and of the GAN's D"),

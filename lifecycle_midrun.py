@@ -484,7 +484,7 @@ def table_3_1(run, s, task, attack):
     return attacked(run, s, task, attack, "table3.1")[0]
 
 def table_3_3(run, s, task, attack):
-    """Four times the steps, a third more chains, on the same images; table 3.1's two attacks beside it."""
+    """Four times the steps, a third more chains; what survives that and table 3.1's two attacks."""
     plain = eot_attack(run, *task, attack)
     whole = eot_attack(run, *task, attack._replace(whole=True))
     stronger = attack._replace(N=4 * s.n, H_adv=round(4 / 3 * s.h_adv))
