@@ -3,15 +3,15 @@ r"""The 2-D lesson: what binary adversarial training learns, and how it differs 
 Source: Yin 2022, "Generative Modeling With Adversarial Training", figures 2.1 and 2.2 ("the dissertation").
 
 Points in the plane [-2, 2]^2 take the place of images. A small network f gives each point a number, and the
-classifier is D = sigmoid(f). Data are blue. Points of another distribution, p0, are red, and keep the label
-0 while they walk up f. This walk is the attack (PGD, projected gradient descent; here it needs no
-projection); p_T is the distribution of where red points end. D wants this pay-off high. The attack picks
-p_T and wants it low, that is, D high on red:
+classifier is D = sigmoid(f). Data are blue and have the label 1. Points of another distribution, p0, are red,
+and keep the label 0 while they walk up f. This walk is the attack (PGD, projected gradient descent; here it
+needs no projection); p_T is the distribution of where red points end. D wants this pay-off high. The attack
+picks p_T and wants it low, that is, D high on red:
 
     U(D, p_T) = E_data[log D(x)] + E_{p_T}[log(1 - D(x))]                                     (2.12)
 
-The outer player moves a little; before each of its moves the inner one is run (nearly) to its best answer.
-Who is the outer player makes the difference.
+The outer player moves a little; before each of its moves the inner one gives its best answer, as far as its
+steps allow. Who is the outer player makes the difference.
 
     Algorithm 1, max_D min_{p_T} U: adversarial training (AT). Draw x from data and x_0 from p0. Move x_0 by K
     steps
@@ -24,15 +24,15 @@ Who is the outer player makes the difference.
     The particles become the data; D means nothing elsewhere: fig. 2.2.
 
 An energy-based model (EBM) takes f for the logarithm of a density, up to a constant; -f is its energy. It
-is trained to raise E_data[f] - E_chains[f], chains held fixed (2.2). The gradient of U has the same two
-terms, weighted by 1 - D on data and by D on red points (2.18). Chains are rows of Langevin steps, gradient
-plus noise:
+is trained to raise E_data[f] - E_chains[f], chains held fixed (2.2): if chains draw from that density, this
+is the gradient of the data's log likelihood. The gradient of U has the same two terms, weighted by 1 - D on
+data and by D on red points (2.18). A chain is a sequence of Langevin steps, gradient plus noise:
         x <- x + lambda/2 grad f(x) + N(0, lambda)                                            (2.3)
 
-    f(x) is the logit of D: HIGH = like the data. Nothing is clamped.
+    f(x) is the logit of D: HIGH = like the data. Points are never clamped to the plane.
 
 Commands (one core is enough; all numbers: results/toy2d.md):
-    python toy2d.py                      1 min: figures 2.1 and 2.2; p0 uniform: D = .51 and .49 on the data
+    python toy2d.py                      1 min: mean D on the data, p0 uniform: .51 (fig. 2.1), .49 (2.2)
     python toy2d.py --dataset ring       eight Gaussians on a ring; or grid, spirals, checkerboard
     python toy2d.py --only objectives samplers energies    80 s: slope of f on log p_data .05 (AT), 1.08 (EBM)
 
@@ -40,9 +40,10 @@ Differs: the source does not publish network, step, K, iterations or spread for 
 chosen so that each figure shows what the text says of it, and there is no budget "paper". In Algorithm 1
 the learning rate falls to zero (cosine), so that the picture is an optimum and not one moment of a game. In
 Algorithm 2 the particles' step falls to zero in the second half: with a fixed one they circle the data at
-that distance. The reach K * step = 1.68 is short of the plane's corners, 2.83 away. With more (--k 20
---step 0.15) every red point reaches the data however flat f is, as the length of a step ignores that of the
-gradient. Red and blue are alike then, and D = 1/2 everywhere: that too is an optimum, and says nothing.
+that distance. The reach K * step = 1.68 is short of the plane's corners, 2.83 from the Gaussian. With more
+(--k 20 --step 0.15) every red point reaches the data however flat f is, as the length of a step ignores that
+of the gradient. Red and blue are alike then, and D = 1/2 everywhere: that too is an optimum, and says
+nothing. The other data sets lie nearer to the corners; what is said of figures is said of the Gaussian.
 """
 
 import math
@@ -65,9 +66,9 @@ SETTINGS = common.settings(
     columns=("gaussian ring grid spirals checkerboard",),  # the same values for all five
     smoke=dict(updates=4, rounds=3, inner=2, k=3, images=200),
     width=(128, "units of each of the three hidden layers"),
-    lr=(1e-3, "of Adam, falling to 0 (cosine) in Alg. 1"),
+    lr=(1e-3, "of Adam; falling to 0 (cosine) in Alg. 1, constant in objectives"),
     m=(256, "blue, and as many red, points in an update (Alg. 1)"),
-    k=(14, "PGD steps (Alg. 1)"),
+    k=(14, "PGD steps (Alg. 1; of energies: 5 and 20)"),
     step=(0.12, "length of a PGD step; k * step = 1.68 is the reach of the attack"),
     updates=(700, "of D (Alg. 1)"),
     rounds=(150, "of Alg. 2: D to convergence, then one step of the particles"),
@@ -220,7 +221,8 @@ def plane(n=81):
 def off_support(f, data, away=0.5):
     """Farther than `away` from the data: the largest D, and local maxima with D > 1/2 as rows (x, y, D).
 
-    A largest value on the plane's edge is none: beyond it f may go on rising.
+    A largest value on the plane's edge is none: beyond it f may go on rising. Gaps between modes that lie
+    closer together than twice `away` are not looked at.
     """
     u, points = plane()
     far = torch.cdist(points, sample_data(data, 3000)).amin(1) > away
@@ -340,8 +342,8 @@ def figure_2_2(run, s, data):
     draws = sample_data(data, s.particles), sample_data(data, s.particles)
     rows.append(value("energy distance of two fresh draws of the data", energy_distance(*draws)))
     sentence = (
-        "Minimax: where the particles (red) end from either p0, and the data (blue). Nothing holds D down "
-        f"away from the data: it reaches {max(largest):.2f} there."
+        "Minimax: where the particles (red) end from either p0, and the data (blue). Away from the data D "
+        f"reaches {max(largest):.2f}."
     )
     finish(run, figure, "figure2.2", sentence)
     return rows
@@ -376,7 +378,7 @@ def objectives(run, s, data):
     return rows
 
 def persistent_chains(s, steps, restart):
-    """Langevin from a bank of kept states, a share `restart` begun anew at each draw -> sampler(f, x0)."""
+    """Langevin from a bank of kept states; a share `restart` of those drawn begins anew -> sampler(f, x0)."""
     bank = sample_p0("uniform", max(4096, s.m))
 
     def sampler(f, x0):
@@ -414,7 +416,7 @@ def samplers(run, s):
     return rows
 
 def energies(run, s, data):
-    """EBMs of fresh 5-step chains and of kept ones; then longer chains. Instead of the Gaussian: the ring."""
+    """EBMs trained on fresh 5-step chains, on kept ones; then longer chains. For the Gaussian: the ring."""
     data = "ring" if data == "gaussian" else data
     rows = []
     figure, axes = four_panels()
@@ -451,7 +453,10 @@ EXPERIMENTS = common.experiments(  # main() hands each what its parameters name
 
 def get_args(argv=None):
     args = common.parse_args(__doc__, SETTINGS, EXPERIMENTS, argv)
-    common.at_least(1, args.settings, "width m updates rounds inner particles images")
+    common.at_least(1, args.settings, "width m updates rounds inner")
+    common.at_least(2, args.settings, "particles images")  # distances between points
+    common.at_least(0, args.settings, "k")
+    common.above_0(args.settings, "lr step particle_step noise")
     return args
 
 def main(argv=None):

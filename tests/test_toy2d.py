@@ -418,7 +418,9 @@ def test_main_hands_on_the_data_set_and_runs_on_the_processor(tmp_path, monkeypa
 
 @pytest.mark.parametrize("flags, says", [(["--data", "moons"], "moons"), (["--only", "figure9"], "figure9"),
                                          (["--m", "0"], "--m"), (["--step", "-1"], "--step"),
-                                         (["--budget", "paper"], "paper"), (["--rounds", "0"], "--rounds")])
+                                         (["--budget", "paper"], "paper"), (["--rounds", "0"], "--rounds"),
+                                         (["--particles", "1"], "--particles"), (["--images", "1"], "--images"),
+                                         (["--noise", "0"], "--noise"), (["--k", "-1"], "--k")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, outcome, flags, says):
     code, said = outcome(toy2d, "--budget", "smoke", "--out", tmp_path / "runs", *flags)
     assert code == 2 and says in said and said.count("\n") == 1
