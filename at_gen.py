@@ -668,9 +668,9 @@ def main(argv=None):
     batches(p0, s.batch, 0, augment=s.augment_p0)
     fitting = max(PIXELS // s.side**2, 1)
     select = partial(Selection, size=min(args.chunk, fitting), device=device)
-    seeds = select(pool, chosen)
+    seeds = select(pool, chosen)  # images of p0 that sampling starts from
     order = common.shuffled(len(data), 6)  # a folder's files may lie class by class
-    reference = select(data, order[: s.reference])
+    reference = select(data, order[: s.reference])  # what samples are held against
     floor = select(data, order[s.reference :][: s.images])  # what perfect samples would be like
     test = load_images(args.dataset, "test", args.data_dir, side=s.side).to(device)
     held_out = select(test, common.shuffled(len(test), 0)[: s.images])

@@ -1,4 +1,4 @@
-r"""The Hat EBM: an energy that sits on a generator like a hat, and on an image that makes up for the rest.
+r"""The Hat EBM: an energy worn by a generator's image plus a residual for what the generator misses.
 
 Source: Mitchell 2022, "Adversarial Attacks and Defense using Energy-Based Image Models", chapter 6.
 
@@ -14,16 +14,17 @@ differ in where G comes from, and in what walks:
     synth     G is learned with H: it imitates ends of chains, so that chains start ever nearer to data. z
               stays as drawn and y alone walks (Eq. 6.9: the model of y for a given z)
     refine    G is the frozen generator of a GAN (generative adversarial network), trained here; both walk
-    retrofit  G is the frozen decoder of an autoencoder; both walk. Its encoder puts every z on a sphere as
-              large as N(0, I) is long, but nobody knows where on it images lie: chains have to find out
+    retrofit  G is the frozen decoder of an autoencoder; both walk. Its encoder puts every z on the sphere
+              near which N(0, I) lies, but nobody knows where on it images are: chains have to find out
 
-    U(y, z) = H(G(z) + y) / T: energy, LOW = in-distribution; T, the temperature, weighs slope and noise (6.4)
+    U(y, z) = H(G(z) + y) / T: energy, LOW = in-distribution (toy2d's f is HIGH); T, the temperature, weighs
+            slope and noise (6.4). In retrofit a prior is added that pulls y towards 0.
     Pixels are in [0, 1]; networks scale inside. The source's are in [-1, 1]: its tau of y, noise on the data
-    and clip stand here halved, its prior on y (retrofit) four times. z is the same there and here.
+    and clip stand here halved, its prior four times. z is the same there and here.
     (6.7)   z <- z - tau_z^2/(2T) grad_z H(G(z) + y) + tau_z N(0, I), then
     (6.6)   y <- y - tau_y^2/(2T) grad_y H(G(z) + y) + tau_y N(0, I). Its slope moves y by a length of at most
             CLIP, however steep H is. Nothing pulls z back to N(0, I); the log shows how far it strays
-    (6.8)   H's weights follow the gradient of E_data[H] - E_chains[H], chains held fixed
+    (6.8)   H's weights descend the gradient of E_data[H] - E_chains[H], chains held fixed
     Alg. 5  synth: a bank keeps pairs (X, z) of the past, 78 updates old on average; at first they are G's.
             After H's update G takes a step down the mean of ||G(z) - X||^2 (6.12) on pairs of the bank;
             the newest pairs then take their places. Why not on the newest? Figure 6.4 tries it.
@@ -33,15 +34,15 @@ differ in where G comes from, and in what walks:
             logit of the GAN's discriminator. Constants of both peers are ours, and not tuned.
 
 Commands (two cores; all numbers: results/hat_ebm.md):
-    python hat_ebm.py                       digits: synthesis, refinement (FD-cls 87 -> 54); 5 minutes
-    python hat_ebm.py --mode retrofit       one mode alone: synth, refine or retrofit
-    python hat_ebm.py --dataset cifar10     a GPU, never run so far; --budget paper or thesis: its two tables
-The log. d: mean H of data minus that of ends of chains; far below 0 chains have lost, H tells them at sight.
+    python hat_ebm.py                       digits, 5 minutes; refinement takes FD-cls (Frechet distance in a
+                                            classifier's features, low = like the data) from 87 to 54
+    python hat_ebm.py --dataset cifar10     a GPU, never run so far; --budget paper or thesis: as published
+The log. d: mean H of data minus that of ends of chains; far below 0, H tells them apart at sight.
 grad: length of grad H at these ends. y: of the residual. z: its standard deviation. loss_g: (6.12), a pixel.
 
 Differs: digits have the T and the data noise of lifecycle_midrun.py; the source's T of 1e-8 is for colour
 images. Evaluations clip like training and start at y = 0. The GAN is taught by cross-entropy, so that D is a
-logit, as DDLS wants. Rates stay constant. The published cooperative code leaves Eq. 6.10 out.
+logit, as DDLS wants. Rates stay constant. Eq. 6.10 is taken (the published code leaves it out).
 """
 from functools import partial
 from typing import NamedTuple
@@ -205,7 +206,6 @@ def lengths(x):
 
 def hat_step(state, H, G, m):
     """A Langevin step of z (Eq. 6.7; none where tau_z is 0), then of y (6.6).
-
     state: z [B, *latent], G(z) and y [B, C, S, S]. Nothing is clamped; y moves at most CLIP down the slope.
     """
     z, g, y = state
@@ -453,7 +453,7 @@ def distance_row(run, s, metric, title, make, **beside):
     return value(f"{metric.name} {title}", mean, low=low, high=high, n=s.images, **beside)
 
 def floor_row(s, metric, test):
-    """A row: the distance of held-out data, which no sample can be expected to go below."""
+    """A row: the distance of held-out data, that of perfect samples that are not copies."""
     x, _ = test.some(s.images)
     return value(f"{metric.name} held-out data", metric.distance(x), n=len(x))
 
