@@ -31,7 +31,7 @@ is broken if it was misread before, at any step of the four, or after the source
 
 Commands (two cores; all numbers: results/gen_classify.md):
     python gen_classify.py                       digits, 4 minutes: robust accuracy .96 as the source attacks,
-                                                 .84 under the worst; softmax .90, .90. --dataset mnist: 45
+                                                 .84 under the worst; softmax .90, .90. mnist: an hour
     python gen_classify.py --only figure3.12     how large d_k has to be; also figure3.13, 3.14, 3.15
     python gen_classify.py --dataset cifar10     a GPU, never run so far; --budget paper: published settings
 The log. loss: of one d_k, mean over k. inside, outside: mean d_k of its class, and of attacked others.
@@ -70,7 +70,7 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     weight_decay=(1e-4, "of SGD"),
     eps_out=(1.5, 1.5, 0.3, 0.3, "radius of attacks on other classes in training"),
     eps_in=(0.0, "radius of attacks on the class itself; 0: Eq. 3.39, else 3.45"),
-    steps=(10, "PGD steps of either, each a fifth of the radius long"),
+    steps=(10, "PGD steps in training, softmax's too, each a fifth of the radius long"),
     soft_net=("mnist_cnn", "mnist_cnn", "resnet18", "resnet50", "network of the softmax classifier"),
     soft_width=(0.75, 0.75, 0.75, 1.0, "multiplies its channels"),
     soft_updates=(200, 1500, 4000, 60_000, "its updates"),

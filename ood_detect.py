@@ -6,9 +6,9 @@ A detector gives an image a score: high for images like the training data (in-di
 (out-distribution). Many detectors tell clean images apart well. But an attack, a search for a small change of
 an image that raises its score, makes them accept nearly anything. The worst case is how well a detector still
 tells images apart once they have been attacked. Here the detector is a network with one output for an image,
-f, trained on attacked images: those of p0, a set of pictures of other things, pushed up f by PGD (projected
-gradient descent: steps along the gradient, kept inside a ball), and the data pushed down. An attack on the
-trained detector then finds little that was not tried before.
+f: a binary classifier of the data (1) against p0, pictures of other things (0). Before every update PGD
+(projected gradient descent: steps along the gradient, kept inside a ball) pushes the images of p0 up f and
+those of the data down f. An attack on the trained detector then finds little that was not tried before.
 
     f: logit, HIGH = in-distribution. Pixels are in [0, 1]; lengths are l_2 over a whole image.
     (3.36)  minimise E_data[-log sigma(f(x'))] + E_p0[-log(1 - sigma(f(x*)))], sigma the logistic function;
@@ -29,11 +29,11 @@ Attacks in tests: Auto-PGD (Croce and Hein 2020), PGD with momentum that halves 
 help and goes back to its best image; PGD with constant steps; in tables the images that fooled others, too.
 
 Commands (two cores; all numbers: results/ood_detect.md):
-    python ood_detect.py                      5 minutes: worst-case AUROC of symbols .86, softmax .43
+    python ood_detect.py                      5 minutes: worst-case AUROC on symbols .86, softmax .43
     python ood_detect.py --only eps-sweep     AUROC of all methods against the radius of the attack
     python ood_detect.py --dataset mnist      54 minutes of one core: .63, .42; --dataset cifar10: a GPU
     python ood_detect.py --dataset celebahq --only table3.13   the model of at_gen.py, on large pictures
-The log. loss: what is minimised. inside, outside: mean score of the data and of p0, attacked where they are.
+The log. loss: what is minimised. inside, outside: mean score of the data and of p0, after any attack.
 
 Differs: the source's p0, 80 Million Tiny Images, is withdrawn; here it is Tiny ImageNet's first 150 classes,
 not cleaned of look-alikes of the data, or letters. p0's other classes are an out-distribution set; some have
