@@ -551,7 +551,7 @@ def figure_3_2(run, s, f, models, test, source):
         rows.append(value(f"share of later steps that turn f's reading, {title}", turns))
     for way in clean:
         of_way = [row for row in rows if f"FPR, {way}" in row["quantity"]]
-        run.lines(f"figure3.2-{way}", of_way, "tpr")
+        run.lines(f"figure3.2-{way}", of_way, "tpr", ylabel="FPR")
     return rows
 
 def towards(run, name, f, robust, models, x, a):

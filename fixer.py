@@ -468,7 +468,7 @@ def figure_5_2(run, s, midrun, held, perceptual, first, G):
         for epoch, (training, validation) in enumerate(net.losses, 1):
             curves.append(value("training", training, epoch=epoch))
             curves.append(value("validation", validation, epoch=epoch))
-        run.lines(f"figure5.2-{kind}", curves, "epoch")
+        run.lines(f"figure5.2-{kind}", curves, "epoch", ylabel=f"{kind} loss")
         before = mean_loss(run, s, loss, nn.Identity(), z, held)
         after = mean_loss(run, s, loss, net, z, held)
         rows.append(value(f"{kind} loss, fixed / purified", after / before))
