@@ -572,7 +572,7 @@ def against_steps(run, s, task, attack, name, factors, chain, tau):
     """Accuracy against K = factor * n: n steps of noise tau add as much noise as the defence's chain."""
     rows, pictures = [], {"natural": task.x[:16]}
     for K in common.multiples(s.k * s.tau**2 / tau**2, factors):
-        defence = replace(task.defence, K=K, chain=chain)
+        defence = replace(task.defence, K=K, chain=chain, path=None)  # BPDA alone
         outcome = eot_attack(run, defence, task.x[: s.few], task.y[: s.few], attack)
         rows += rates("", outcome, K=K)
         pictures[f"{K} steps"] = chain(task.x[:16], K)
