@@ -29,7 +29,7 @@ derivative is taken as a difference between two starts, as far apart as its nois
 f(x) and f(G(x)) are tried too. "Worst": what survives all of these. Misread before an attack: broken.
 Commands (two cores; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .57, with the Fixer .97
-    python fixer.py --only upperbound   seconds more: natural accuracy .76 of one chain, 1.00 with the Fixer
+    python fixer.py --only upperbound   seconds more: natural accuracy .78 of one chain, .99 with the Fixer
     python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
     python fixer.py --dataset cifar10   58 min on a CPU (four of ten classes): worst .50, with the Fixer .45
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
