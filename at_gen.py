@@ -27,7 +27,7 @@ and fills a hole (nothing is trained for that), and it carries images of other d
     R1      We minimise -J/2, the mean of 2m cross-entropies, + gamma/2 E_data ||grad_x f(x)||^2; m: --batch.
 
 Commands (two cores; all numbers: results/at_gen.md):
-    python at_gen.py                      7 min: FD-cls of samples 25, of p0 135, of held-out data 1.6
+    python at_gen.py                      7 min: FD-cls of samples 24, of p0 136, of held-out data 1.6
     python at_gen.py --dataset mnist      17 min of one core: the same, 13, 57 and 1.5 (older code)
     python at_gen.py --only figure2.12    24 min of one slow core: digits to letters, by a second model
     python at_gen.py --input photos --task denoise --output clean    the trained model, your own pictures
