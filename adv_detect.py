@@ -21,7 +21,7 @@ them at random in the ball. Figures 3.3 and 3.6 also have a softmax classifier t
     (3.29)  FPR (false positive rate): share of ALL attacked images that are misread AND accepted.
     AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
 
-Commands (two cores; all numbers: results/adv_detect.md):
+Commands (two cores; minutes on digits: of older code; all numbers: results/adv_detect.md):
     python adv_detect.py                               6 min: AUC of d_1 .993, of d_2 1.00 under l_inf .3
     python adv_detect.py --only table3.4 --models all  9 min: detectors of four attacks, crosswise
     python adv_detect.py --dataset mnist               45 min: AUC of d_1 .998 (source: .9996)

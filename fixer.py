@@ -27,7 +27,7 @@ logits of many chains (EOT, expectation over transformation). Three ways lead ba
 G and all K steps, because chains forget their image, and the mean of P(x) moves less than x does. A step's
 derivative is taken as a difference between two starts, as far apart as its noise is long. PGD images made for
 f(x) and f(G(x)) are tried too. "Worst": what survives all of these. Misread before an attack: broken.
-Commands (two cores; all numbers: results/fixer.md):
+Commands (two cores; minutes on digits: of older code; all numbers: results/fixer.md):
     python fixer.py                     7 min: accuracy under the worst attack .57, with the Fixer .97
     python fixer.py --only upperbound   seconds more: natural accuracy .78 of one chain, .99 with the Fixer
     python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw

@@ -28,7 +28,7 @@ that sees such images.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
     (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (misprinted in the source)
     (4.3)   A segmentation is right if Dice(attacked, purified) >= Dice(clean, not purified) / 2.
-Commands (two cores; more numbers in results/):
+Commands (two cores; minutes on digits: of older code; more numbers in results/):
     python lifecycle_midrun.py                    6 min: robust accuracy .02 without, .93 with the defence
     python lifecycle_midrun.py --only table4.2    4 min more: the same energy before a segmentation network
     python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps

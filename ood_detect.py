@@ -31,7 +31,7 @@ help and goes back to its best image; PGD with constant steps; in tables the ima
 Commands (two cores; all numbers: results/ood_detect.md):
     python ood_detect.py                      5 minutes: worst-case AUROC on symbols .86, softmax .43
     python ood_detect.py --only eps-sweep     AUROC of all methods against the radius of the attack
-    python ood_detect.py --dataset mnist      54 minutes of one core: .63, .42; --dataset cifar10: a GPU
+    python ood_detect.py --dataset mnist      56 minutes of one core: .63, .42; --dataset cifar10: a GPU
     python ood_detect.py --dataset celebahq --only table3.13   the model of at_gen.py, on large pictures
 The log. loss: what is minimised. inside, outside: mean score of the data and of p0, after any attack.
 
