@@ -364,16 +364,6 @@ def logits(net, x):
     """Float32 outputs for images [n, C, S, S], or of detectors for [K, n, C, S, S]."""
     return by_images(net, 250, x)
 
-def bootstrap_interval(statistic, *samples):
-    """95 % interval of statistic(*samples): each sample [n, ...] is drawn anew from itself, with repeats."""
-    draws = torch.Generator().manual_seed(0)
-    samples = [sample.cpu() for sample in samples]
-    found = []
-    for _ in range(500):
-        again = [sample[torch.randint(len(sample), (len(sample),), generator=draws)] for sample in samples]
-        found.append(statistic(*again))
-    return torch.tensor(found).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-
 @seeded
 def attacked_scores(run, model, images, attacks, n, loss=logit_loss, starts=0):
     """Logits of clean images of each class [K, P]; of n attacked others, each at its worst step, [K, n].
@@ -426,7 +416,7 @@ def auc_rows(run, pairs, images, n, title, change=lambda a: [a], loss=logit_loss
             how.update(steps=attacks[0].steps, step=attacks[0].step)
         for k, (clean, attacked) in enumerate(zip(*scores)):
             row = value(f"AUC of d_{k + 1}, {name}, {title}", auroc(clean, attacked), **how)
-            interval = bootstrap_interval(auroc, clean, attacked)
+            interval = common.bootstrap(auroc, clean, attacked)
             rows.append({**row, "interval": interval, "clean": len(clean), "n": len(attacked)})
     return rows
 
@@ -483,7 +473,7 @@ def table_3_6(run, s, models, test, source):
         mean = lambda size: size[size.isfinite()].mean().item()
         for title, found in (("one target", size), ("shortest", size.amin(1))):
             row = value(f"mean l_2 of the smallest perturbation, {name}, {title}", mean(found), n=len(found))
-            row["interval"] = bootstrap_interval(mean, found)
+            row["interval"] = common.bootstrap(mean, found)
             rows.append(row)
         rows.append(rate(f"images broken, {name}", size.isfinite().any(1)))
     return rows
@@ -513,7 +503,7 @@ def fpr_row(title, z_clean, z, tpr):
     that of a bootstrap that also redraws the clean images behind T (at TPR 1 these cannot lower T)."""
     share = lambda clean, attacked: (attacked >= threshold(clean, tpr)).float().mean()
     row = rate(f"FPR, {title}", z >= threshold(z_clean, tpr), tpr=tpr)
-    low, high = zip(row["interval"], bootstrap_interval(share, z_clean, z))
+    low, high = zip(row["interval"], common.bootstrap(share, z_clean, z))
     return {**row, "interval": [min(low), max(high)]}
 
 def figure_3_2(run, s, f, models, test, source):
@@ -564,7 +554,8 @@ def towards(run, name, f, robust, models, x, a):
         k = logits(f, images.flatten(0, 1)).argmax(1).view(len(x), -1)
         right = k == torch.arange(len(x), device=x.device)[:, None]
         rows.append(rate(f"f, not attacked, reads the target, {title}", right, eps=a.eps))
-        grids[title] = images[:, :8].transpose(0, 1).flatten(0, 1)
+        columns = f"{title}; a column for each target, class 0 to {len(x) - 1}"
+        grids[columns] = images[:, :4].transpose(0, 1).flatten(0, 1)
     run.pictures(name, grids, len(x))
     return rows
 

@@ -5,7 +5,7 @@ The names that you meet in a script, and may take on trust:
     Run, experiments, once    a run's folder; its tables and figures; a thing made when first needed
     Training                  around a training loop: checkpoint, resume, log, time left, stop on divergence
     seeded                    decorator: the function's random numbers depend on --seed alone
-    value, rate               a row of results: a number; a share with its 95 % interval
+    value, rate, bootstrap    a row of results: a number; a share; 95 % intervals
     picture_grid              images on a matplotlib axis; whole figures: run.pictures, .lines, .histograms
     input_gradient            gradient of a network's summed outputs with respect to its images
     repeat                    a step taken n times; on a GPU one recorded step is replayed
@@ -14,6 +14,7 @@ The names that you meet in a script, and may take on trust:
     load_images, train_and_test, load_on_device, batches   data sets by name; endless shuffled batches
     user_pictures, whole_file   a folder of pictures that a user has; a file, whole or not at all
     make_net, train_classifier   a network by name; a classifier of a data set
+    identity                  what a checkpoint remembers of a thing it was made from
     UserError, Diverged       what ends a run with one line on stderr
 
 Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; networks scale or normalise
@@ -140,8 +141,8 @@ def parse_args(doc, table, experiments, argv=None):
     p.add_argument("-h", "--help", action="help", help="this text, for the chosen --dataset and --budget")
     p.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="these, not the headline experiments")
     p.add_argument("--list", action="store_true", help="list experiments, costs, published numbers")
-    p.add_argument("--data-dir", type=_path, default=Path("data"), help="NAME.npz, image folders (data)")
-    p.add_argument("--out", type=_path, default=Path("runs"), help="where the run's folder is made (runs)")
+    p.add_argument("--data-dir", type=Path, default=Path("data"), help="NAME.npz, image folders (data)")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="where the run's folder is made (runs)")
     p.add_argument("--seed", type=_whole, default=0, help="of everything random (0)")
     p.add_argument("--chunk", type=_whole, default=0, help="images or chains in one batch (125; a GPU 1600)")
     p.add_argument("--fresh", action="store_true", help="drop this run's checkpoints, logs and results first")
@@ -164,6 +165,7 @@ def parse_args(doc, table, experiments, argv=None):
     if args.seed >= 2 ** 31:
         raise UserError("--seed must be below 2147483648")
     args.device = _device(args.device)
+    args.data_dir, args.out = args.data_dir.expanduser(), args.out.expanduser()
     args.chunk = args.chunk or (1600 if args.device.startswith("cuda") else 125)
     return args
 
@@ -224,6 +226,14 @@ def wilson(successes, n):
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)]
+
+def bootstrap(statistic, *samples):
+    """95 % interval of statistic(*samples): each sample [n, ...] is drawn anew from itself, with repeats."""
+    found, g = [], torch.Generator().manual_seed(0)
+    for _ in range(500):
+        again = [x[torch.randint(len(x), (len(x),), generator=g).to(x.device)] for x in samples]
+        found.append(float(statistic(*again)))
+    return np.quantile(found, [0.025, 0.975]).tolist()
 
 def published(script, dataset, experiment):
     """The source's numbers for an experiment on a data set: rows of results/published.json."""
@@ -391,7 +401,7 @@ class Training:
     def __init__(self, run, name, made_from, limits=None, advice="a lower learning rate", unique=False,
                  folder=None, **parts):
         self.run, self.parts, self.limits, self.advice = run, parts, limits or {}, advice
-        self.made_from = {"seed": run.seed, **_identity(made_from)}
+        self.made_from = {"seed": run.seed, **identity(made_from)}
         if unique:
             name += "-" + hashlib.sha1(str(self.made_from).encode()).hexdigest()[:8]
         self.name, self.folder = name, folder or run.folder
@@ -562,10 +572,9 @@ def bfloat16_units(device):
 
 def fast_precision(device):
     """A context: bfloat16 autocast where the processor has units for it, else nothing."""
-    if not bfloat16_units(device):
-        return contextlib.nullcontext()
+    kind, fast = torch.device(device).type, bfloat16_units(device)
     # without its cache of weights, which outlives their update and does not go into a CUDA graph
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast, cache_enabled=False)
 
 def to_device(net, device):
     """A network on the device; channels-last where bfloat16 units want it (float32 on a CPU breaks on it)."""
@@ -639,10 +648,8 @@ class _Recording:
         self.fill(state, arguments)
         for _ in range(n):
             self.graph.replay()
-        after = []
-        for mine, new in zip(self.state, state):
-            after.append((mine[:len(new)] if new.dim() else mine).clone())
-        return tuple(after)
+        pairs = zip(self.state, state)
+        return tuple((mine[:len(new)] if new.dim() else mine).clone() for mine, new in pairs)
 
 # === data ===================================================================================================
 IN_MEMORY = {  # name: (channels, side, classes); NAME.npz in --data-dir first, else made or downloaded
@@ -1226,10 +1233,8 @@ class Pretrained(Pooled):
 
 def weights_at_hand(name, data_dir):
     """torchvision's weight file of that name in data_dir or in torch's hub folder, or None."""
-    for file in (Path(data_dir) / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
-        if file.exists():
-            return file
-    return None
+    places = Path(data_dir) / name, Path(torch.hub.get_dir()) / "checkpoints" / name
+    return next((file for file in places if file.exists()), None)
 
 def read_weights(net, file, what):
     """Load torchvision's weights of a network; UserError when the file holds something else."""
@@ -1258,10 +1263,8 @@ class ResNet(Pooled):
     def __init__(self, depth=18, width=1.0, outputs=1, channels=3):
         super().__init__()
         block, counts = {18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3))}[depth]
-        if channels == 3:
-            normalising(self, (.4914, .4822, .4465), (.2023, .1994, .2010))
-        else:
-            normalising(self, (.5,), (.5,))
+        cifar10 = (.4914, .4822, .4465), (.2023, .1994, .2010)
+        normalising(self, *(cifar10 if channels == 3 else ((.5,), (.5,))))
         c = round(64 * width)
         layers = [nn.Conv2d(channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
         for stage, count in enumerate(counts):
@@ -1368,7 +1371,7 @@ def _fingerprint(tensors):
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return "#" + digest.hexdigest()[:8]
 
-def _identity(thing):
+def identity(thing):
     """What a checkpoint remembers of a thing it was made from: numbers and texts, else a fingerprint."""
     if thing is None or isinstance(thing, (bool, int, float, str)):
         return thing
@@ -1382,11 +1385,11 @@ def _identity(thing):
         about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in thing.files]
         return "#" + hashlib.sha1(str(about).encode()).hexdigest()[:8]
     if isinstance(thing, functools.partial):
-        return [thing.func.__name__, _identity(thing.args), _identity(thing.keywords)]
+        return [thing.func.__name__, identity(thing.args), identity(thing.keywords)]
     if isinstance(thing, dict):
-        return {key: _identity(part) for key, part in thing.items()}
+        return {key: identity(part) for key, part in thing.items()}
     if isinstance(thing, (tuple, list)) and not hasattr(thing, "_fields"):
-        return [_identity(part) for part in thing]
+        return [identity(part) for part in thing]
     return getattr(thing, "__name__", str(thing))  # a function; a NamedTuple says its name and fields
 
 def _load_checkpoint(file, made_from, run):
@@ -1457,9 +1460,6 @@ def _whole(text):
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
     return int(text)
-
-def _path(text):
-    return Path(text).expanduser()
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage before it; one line is what a reader wants

@@ -11,7 +11,7 @@ network G learns to lead purified natural (unattacked) images back to where they
 between: f(G(P(x))). Energy and classifier stay as they are, and G never sees an attacked image in training.
 
     U(x) = V(x) / T: energy, LOW = in-distribution; V is what the network returns, T the temperature.
-    P(x): image x after K steps of a chain (the source calls it another T, and so do the tables)
+    P(x): image x after K steps of a chain (source: T(x))
     Pixels are in [0, 1]; networks scale inside. Neither chains nor G's output are ever clamped.
     (2.3)  A step of a chain: x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I)
     (5.1)  F(x) = E[f(G(P(x)))].  (5.2) F_H: mean logits of H chains
@@ -21,23 +21,22 @@ between: f(G(P(x))). Energy and classifier stay as they are, and G never sees an
 Pairs (P(x), x) come from exactly the defence's chains, drawn anew every few epochs. Phase 2 keeps the
 weights of the lowest validation loss, on pairs that G never saw.
 Attacks: PGD (projected gradient descent: steps up the loss, back into a ball around the image) on the mean
-logits of many chains (EOT, expectation over transformation). Three ways lead back through them. BPDA
-(backward pass differentiable approximation) takes the identity for the derivative of P, and "around G, T"
-(the source's way) for that of G too; "through G" derives G itself; "whole chain" (not in the source) derives
-G and all K steps, because chains forget their image, and the mean of P(x) moves less than x does. A step's
-derivative is taken as a difference between two starts, as far apart as its noise is long. PGD images made for
-f(x) and f(G(x)) are tried too. "Worst": what survives all of these. Misread before an attack: broken.
-Commands (two cores; minutes on digits: of older code; all numbers: results/fixer.md):
-    python fixer.py                     7 min: accuracy under the worst attack .57, with the Fixer .97
+logits of many chains (EOT, expectation over transformation). BPDA (backward pass differentiable
+approximation) takes the identity for P's derivative, and derives G ("through G") or not ("around G, P", the
+source's way). "Whole chain" (not in the source) derives G and all K steps, because chains forget their image:
+the mean of P(x) moves less than x does. A step's derivative is taken as a difference between two starts, as
+far apart as its noise is long. What these break is judged again by fresh chains. PGD images made for f(x) and
+f(G(x)) are tried too. "Worst": what survives all of these, and was rightly read before.
+Commands (all numbers: results/fixer.md):
+    python fixer.py                     40 min of one core: accuracy under the worst attack .57, with G .97
     python fixer.py --only upperbound   seconds more: natural accuracy .78 of one chain, .99 with the Fixer
-    python fixer.py --only honesty      4 min more: the same G in front of a classifier that it never saw
+    python fixer.py --only honesty      90 min of a slow core: G in front of a classifier that it never saw
     python fixer.py --dataset cifar10   58 min on a CPU (four of ten classes): worst .50, with the Fixer .45
     python fixer.py --dataset imagenet --chunk 64   a GPU and folders of images; --budget paper: sec. 5.2
-The energy (a "mid-run" one, learned from chains of some hundred steps) is that of lifecycle_midrun.py, which
-runs first where --out holds none: a minute more. "mid-run" in tables is the defence without G. The
-log: train is the mean loss during an epoch, val the loss after it on held-out pairs.
-Differs: the source names no width, optimiser, rate or layer: 64 channels, Adam, VGG-16's relu2_2 or,
-without its weights (vgg16-397923af.pth in --data-dir), a layer of f. The source has ImageNet only. On
+The energy ("mid-run": learned from chains of some hundred steps) is lifecycle_midrun.py's, which runs first
+where --out holds none; "mid-run" in tables: no G. Log: mean loss in an epoch; after it, on held-out pairs.
+Differs: the source names no width, optimiser, rate or layer; ours: Adam, VGG-16's relu2_2 or, without its
+weights (vgg16-397923af.pth in --data-dir or torch's cache), a layer of f. The source has ImageNet only. On
 glyphs and MNIST tau is four times that of the energy's training, so that chains do damage to repair.
 """
 import copy
@@ -70,9 +69,9 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     f_net=("small_cnn", "small_cnn", "wrn16", "efficientnet_b7", "wrn28", "efficientnet_b7", "small_cnn",
            "network (common.make_net)"),
     f_width=(1, 1, 4, 1, 10, 1, 2, "its width; of wrn the widening factor"),
-    f_iters=(300, 600, 6000, 0, 50_000, 0, 1500, "updates of f, batch 100; 0: torchvision's weights"),
+    f_iters=(300, 600, 6000, 0, 50_000, 0, 1500, "updates of f, batch 100; ImageNet's f is pretrained"),
     f_sgd=(0.0, 0.0, 0.1, 0.0, 0.1, 0.0, 0.0, "rate of SGD, a tenth from 40 % on, again from 60 %; 0: Adam"),
-    f_noise=(0.05, "noise on the images that f trained with noise (honesty) learns from"),
+    f_noise=(0.05, "noise on the training images of honesty's second f"),
     # the Fixer
     width=(0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 0.5, "of G; 1: 64 channels"),
     pairs=(1000, 1000, 10_000, 500, 45_000, 10_000, 2500, "training images that G learns from"),
@@ -84,15 +83,15 @@ SETTINGS = common.settings(  # a row: a value for each column, then its help
     lr=(1e-3, 1e-3, 3e-4, 1e-4, 1e-4, 1e-4, 1e-3, "rate of Adam"),
     batch=(50, 50, 64, 16, 64, 16, 50, "pairs in an update"),
     # the defence and its attack
-    tau=(0.06, 0.06, 0.02, 0.01, 0.005, 0.01, 0.03, "noise of a Langevin step; paper: half the source's"),
+    tau=(0.06, 0.06, 0.02, 0.01, 0.005, 0.01, 0.03, "noise of a Langevin step; paper: source's, in [0, 1]"),
     k=(50, 50, 100, 200, 2000, 200, 50, "K: Langevin steps of the defence and of the pairs"),
-    h_def=(24, 24, 25, 64, 128, 64, 32, "chains of a verdict"),
+    h_def=(24, 24, 25, 64, 128, 64, 32, "chains of the last verdict"),
     h_adv=(6, 6, 8, 24, 48, 24, 8, "chains of an attack's gradient"),
     n=(20, 20, 20, 10, 50, 50, 20, "N: steps of the attack"),
     eps=(0.16, 0.2, 8 / 255, 2 / 255, 8 / 255, 2 / 255, 8 / 255, "l_inf radius of the attack"),
     step=(0.04, 0.05, 2 / 255, 1 / 255, 2 / 255, 1 / 255, 2 / 255, "length of the attack's step"),
     images=(60, 60, 100, 64, 1000, 10_000, 60, "test images under attack"),
-    few=(30, 30, 50, 16, 200, 200, 30, "of these, in stronger, ablation and honesty"),
+    few=(30, 30, 50, 16, 200, 200, 30, "of these, in stronger, ablation, honesty, cooler"),
     natural=(500, 500, 1000, 64, 5000, 10_000, 500, "test images whose natural accuracy is taken"),
 )
 PART = 1600  # pairs between two checkpoints
@@ -135,30 +134,33 @@ def pull_back(v, way, V, tau, T):
 
 # --- the energy, from lifecycle_midrun.py -------------------------------------------------------------------
 
-def midrun_energy(args, shape):
-    """V, frozen, and what it was made from (temperature, ...); lifecycle_midrun.py makes it if need be."""
+def midrun_energy(args, data):
+    """V, frozen, and what it was made from; lifecycle_midrun.py makes it if need be. Not of other images."""
     file = args.out / f"lifecycle_midrun-{args.dataset}" / "energy.pt"
     if not finished(file, args.budget):
         script = Path(__file__).with_name("lifecycle_midrun.py")
         command = [sys.executable, str(script), "--only", "figure3.2"]  # needs the energy alone
         for flag in "dataset budget out data-dir seed device".split():
             command += [f"--{flag}", str(getattr(args, flag.replace("-", "_")))]
+        command += ["--first-class", str(args.settings.first_class)]
         print(f"no finished energy in {file}; running {' '.join(command)}", flush=True)
         if subprocess.run(command).returncode:
             raise UserError(f"no energy in {file}; lifecycle_midrun.py said why, above")
     state = common.read_checkpoint(file)
     try:
         made_from = state["made_from"]
-        V = common.make_net(made_from["net"], 1, shape, made_from["width"])
+        V = common.make_net(made_from["net"], 1, data.shape, made_from["width"])
         V.load_state_dict(state["V"])
     except (KeyError, RuntimeError, UserError):
-        raise UserError(f"{file} holds no energy of images {shape}") from None
+        raise UserError(f"{file} holds no energy of images {data.shape}") from None
+    if isinstance(data, common.Images) and made_from["images"] != common.identity(data):
+        raise UserError(f"{file} was learned from other images (other classes?): take another --out")
     return V.to(args.device).requires_grad_(False), made_from
 
 def finished(file, budget):
     """Whether this energy's training has ended; one of a smoke run serves smoke runs only."""
     state = common.read_checkpoint(file) if file.exists() else {"finished": False}
-    return state.get("finished", True) and (budget == "smoke" or not state.get("smoke"))
+    return state["finished"] and (budget == "smoke" or not state["smoke"])
 
 # --- the Fixer ----------------------------------------------------------------------------------------------
 
@@ -337,7 +339,7 @@ class Defence:
         """F_H [B, classes], and its loss' gradient in x (EOT): by BPDA, or through the whole chain."""
         H = H if self.K else 1
         logits, gradients = [], []
-        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # a way fills memory
+        size = max(self.chunk // H // (1 + whole * (self.K // 200)), 1)  # K states fill memory
         for part, labels in zip(x.split(size), y.split(size)):
             if whole:
                 ends, way = self.path(part.repeat(H, 1, 1, 1), self.K)
@@ -438,13 +440,12 @@ def same_chains(run, defence, x, H):
 def table_5_1(run, s, f, midrun, through, around, x, y, attack):
     """Natural and robust accuracy of the mid-run defence, and of the same with the Fixer."""
     rows, transferred = [], {}
-    one = attack._replace(H_adv=1, H_def=1)  # without chains there is nothing to average
     for title, net in (("f", f), ("f behind G", through.f)):
-        outcome = eot_attack(run, Defence(net), x, y, one)
+        outcome = eot_attack(run, Defence(net), x, y, attack)
         rows.append(rate(f"natural acc, {title}, no chains", outcome.natural))
         rows.append(rate(f"robust acc, {title}, no chains", outcome.robust, eps=s.eps))
         transferred[f"PGD images of {title}"] = pgd(net, x, y, s.n, attack.ball)  # no early stop
-    fixers = {"BPDA+EOT through G": through, "BPDA+EOT around G, T": around}
+    fixers = {"BPDA+EOT through G": through, "BPDA+EOT around G, P": around}
     models = (("mid-run", midrun, {"BPDA+EOT": midrun}), ("Fixer", through, fixers))
     for model, defence, direct in models:
         whole = eot_attack(run, defence, x, y, attack._replace(whole=True))
@@ -460,7 +461,7 @@ def table_5_1(run, s, f, midrun, through, around, x, y, attack):
     return rows
 
 def figure_5_2(run, s, midrun, held, perceptual, first, G):
-    """Losses of both phases, epoch by epoch; those of fixed images relative to those of purified ones."""
+    """Losses of both phases, epoch by epoch, and, fixed over purified, of phase 1's network and of G."""
     z = purified(run, midrun.chain, held, s.k)
     rows = []
     for kind, loss, net in (("mse", F.mse_loss, first), ("perceptual", perceptual, G)):
@@ -478,8 +479,8 @@ def figure_5_3(run, s, f, G, through, x, y, attack):
     """Attacked images, one chain of each, and what the Fixer makes of it; distances to natural images.
     Images that are misread anyway were not attacked, and are left out."""
     outcome = eot_attack(run, through, x, y, attack)
-    mine = outcome.natural | ~outcome.natural.any()  # smoke: all are misread
-    attacked, x = outcome.x[mine], x[mine]
+    read = outcome.natural | ~outcome.natural.any()  # all of them, if none is read rightly (smoke)
+    attacked, x = outcome.x[read], x[read]
     ends = through.purify(attacked, 1, s.k)
     rows, pictures = [], {"natural": x[:8]}
     stages = {"attacked": attacked, "purified": ends, "fixed": outputs(G, ends)}
@@ -487,7 +488,7 @@ def figure_5_3(run, s, f, G, through, x, y, attack):
         pictures[title] = images[:8]
         distance = (images - x).square().mean().sqrt()
         rows.append(value(f"root mean square of {title} - natural", distance.item()))
-        rows.append(rate(f"acc of f, {title}", outputs(f, images).argmax(1) == y[mine]))
+        rows.append(rate(f"acc of f, {title}", outputs(f, images).argmax(1) == y[read]))
     run.pictures("figure5.3", pictures, 8)
     return rows
 
@@ -504,7 +505,7 @@ def stronger(run, s, midrun, through, around, few, attack):
     for title, defences in (("mid-run", [midrun]), ("Fixer", [through, around])):
         worst = []
         for way, variant in ways.items():
-            tried = [d for d in defences if d.path or not variant.whole]  # around G there is no way back
+            tried = [d for d in defences if d.path or not variant.whole]  # around knows BPDA only
             right = [eot_attack(run, defence, *few, variant).robust for defence in tried]
             survived = torch.stack(right).all(0)
             rows.append(rate(f"robust acc, {title}, {way}", survived, eps=s.eps, N=variant.N))
@@ -518,8 +519,8 @@ def upperbound(run, f, midrun, through, x_many, y_many):
     clean = outputs(f, x_many).argmax(1) == y_many
     before = same_chains(run, midrun, x_many, 1)[0].argmax(1) == y_many
     after = same_chains(run, through, x_many, 1)[0].argmax(1) == y_many
-    rows = [rate("natural acc, f(x)", clean), rate("natural acc, f(T(x))", before, H=1)]
-    rows.append(rate("natural acc, f(G(T(x)))", after, H=1))
+    rows = [rate("natural acc, f(x)", clean), rate("natural acc, f(P(x))", before, H=1)]
+    rows.append(rate("natural acc, f(G(P(x)))", after, H=1))
     rows.append(rate("repaired by G", after & ~before, H=1))
     rows.append(rate("spoiled by G", before & ~after, H=1))
     gap = clean.sum() - before.sum()
@@ -538,7 +539,7 @@ def compared(run, s, defence, networks, few, x_many, y_many, attack):
         prediction = same_chains(run, defended, x_many, 8).mean(0).argmax(1)
         rows.append(rate(f"natural acc, {title}", prediction == y_many, H=8))
         outcome = eot_attack(run, defended, *few, attack)
-        rows.append(rate(f"robust acc, {title}", outcome.robust, eps=s.eps))
+        rows.append(rate(f"robust acc, {title}", outcome.robust, eps=s.eps, H=s.h_def))
     return rows
 
 def ablation(run, s, learn, perceptual, first, G, f, midrun, few, x_many, y_many, attack):
@@ -558,9 +559,9 @@ def honesty(run, s, f, other, noisy, G, midrun, few, x_many, y_many, attack):
     """Has G learned f? A classifier that G never saw, one trained with noise; noise in place of chains."""
     moved = midrun.purify(x_many, 1, s.k) - x_many
     size = moved.square().mean().sqrt().item()
-    blurred = replace(midrun, chain=partial(noise, size=size), path=None)
+    by_noise = replace(midrun, chain=partial(noise, size=size), path=None)
     rows = [rate("natural acc, unseen, no chains", outputs(other, x_many).argmax(1) == y_many)]
-    for defence, title in ((midrun, ""), (blurred, ", noise for T")):
+    for defence, title in ((midrun, ""), (by_noise, ", noise for P")):
         networks = {f"f, no Fixer{title}": f, f"f, Fixer{title}": behind(G, f),
                     f"unseen, no Fixer{title}": other, f"unseen, Fixer{title}": behind(G, other)}
         networks[f"f trained with noise{title}"] = noisy
@@ -620,10 +621,9 @@ def main(argv=None):
     build_f()  # a bad width fails here, not after an hour
     unseen = "pretrained50" if folders else "resnet18"
     build_other = partial(common.make_net, unseen, classes, data.shape, 0.25)
-    V, energy = midrun_energy(args, data.shape)
+    V, energy = midrun_energy(args, data)
     run = common.Run("fixer", args, energy=energy, loss_network="VGG-16" if vgg_file else "f")
-    x_many = tested.take(slice(None))
-    y_many = tested.y
+    x_many, y_many = tested.take(slice(None)), tested.y
     x, y = x_many[: s.images], y_many[: s.images]
     attack = Attack(LInf(s.eps, s.step), s.n, s.h_adv, s.h_def)
     settings = {"V": frozen_copy(V), "tau": s.tau, "T": energy["temperature"]}

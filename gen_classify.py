@@ -354,20 +354,11 @@ def auroc(positive, negative):
     up_to = torch.searchsorted(ordered, positive.contiguous(), right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
-def bootstrap(positive, negative, draws=500):
-    """95 % interval [low, high] of auroc(): both sets of scores drawn anew, with replacement."""
-    g = torch.Generator().manual_seed(0)
-    areas = []
-    for _ in range(draws):
-        i = torch.randint(len(positive), (len(positive),), generator=g)
-        j = torch.randint(len(negative), (len(negative),), generator=g)
-        areas.append(auroc(positive[i], negative[j]))
-    return torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
-
 def auroc_row(title, positive, negative, **beside):
     """A row: AUROC, its interval, numbers of both."""
     positive, negative = positive.cpu(), negative.cpu()
-    beside.update(interval=bootstrap(positive, negative), positive=len(positive), n=len(negative))
+    interval = common.bootstrap(auroc, positive, negative)
+    beside.update(interval=interval, positive=len(positive), n=len(negative))
     return value(title, auroc(positive, negative), **beside)
 
 def distance_of(run, s, train, K):

@@ -419,16 +419,6 @@ def auroc(positive, negative):
     up_to = torch.searchsorted(ordered, positive.contiguous(), right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
-def bootstrap(positive, negative, draws=500):
-    """95 % interval [low, high] of auroc(): both sets of scores drawn anew, with replacement."""
-    g = torch.Generator().manual_seed(0)
-    areas = []
-    for _ in range(draws):
-        i = torch.randint(len(positive), (len(positive),), generator=g)
-        j = torch.randint(len(negative), (len(negative),), generator=g)
-        areas.append(auroc(positive[i], negative[j]))
-    return torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
-
 # --- tables and figures -------------------------------------------------------------------------------------
 
 def from_hat(hat, steps, n):
@@ -496,7 +486,7 @@ def table_6_3(s, test, synth, load):
             print(f"left out: {error}")
             continue
         outside = -by_parts(synth.H, others.some(10_000)[0], 250)[:, 0].cpu()
-        interval = bootstrap(inside, outside)
+        interval = common.bootstrap(auroc, inside, outside)
         area = auroc(inside, outside)
         rows.append(value(f"AUROC {name}", area, interval=interval, n=len(outside)))
     return rows

@@ -470,16 +470,6 @@ def auroc(positive, negative):
     up_to = torch.searchsorted(ordered, positive.contiguous(), right=True)
     return (below + up_to).sum().item() / 2 / len(positive) / len(negative)
 
-def bootstrap(positive, negative, draws=500):
-    """95 % interval [low, high] of auroc(): both sets of scores drawn anew, with replacement."""
-    g = torch.Generator().manual_seed(0)
-    areas = []
-    for _ in range(draws):
-        i = torch.randint(len(positive), (len(positive),), generator=g)
-        j = torch.randint(len(negative), (len(negative),), generator=g)
-        areas.append(auroc(positive[i], negative[j]))
-    return torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
-
 def false_positives(positive, negative):
     """Share of out-distribution scores [N] that the threshold accepts which accepts TPR of the others [P]."""
     threshold = positive.sort(descending=True).values[math.ceil(TPR * len(positive)) - 1]
@@ -491,7 +481,7 @@ def area_row(title, positive, negative, **beside):
     return value(
         title,
         auroc(positive, negative),
-        interval=bootstrap(positive, negative),
+        interval=common.bootstrap(auroc, positive, negative),
         data=len(positive),
         n=len(negative),
         fpr95=false_positives(positive, negative),

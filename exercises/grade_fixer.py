@@ -24,7 +24,7 @@ def before_training(fixer, answers):
     after = 300 + 84 - 4
     near(answers, "ACCURACY", after / 400, 0.002, "what G spoils goes off again from what it repairs")
     near(answers, "CLOSED", (after - 300) / (396 - 300), 0.005,
-           "the gap is what chains cost, from f(T(x)) up to f(x), and what is gained of it is repaired minus spoiled")
+           "the gap is what chains cost, from f(P(x)) up to f(x), and what is gained of it is repaired minus spoiled")
 
 
 def phi(x):
@@ -197,15 +197,15 @@ EXERCISES = [
     Exercise("fixer-1", unchanged, before_training, {
         "PIXEL": "what an untrained Fixer, in train mode, makes of an image whose pixels are all 1.7: a pixel of it",
         "MOVING": "how many of its weight and bias tensors get a gradient other than 0 in the first update",
-        "ACCURACY": "accuracy of f(G(T(x))): of 400 images f(T(x)) reads 300, G repairs 84 and spoils 4",
+        "ACCURACY": "accuracy of f(G(P(x))): of 400 images f(P(x)) reads 300, G repairs 84 and spoils 4",
         "CLOSED": "share of the gap that G closes then, where f(x) reads 396"}),
     Exercise("fixer-2", lambda source: take_out(source, "perceptual_loss", "fixer-2: Eq. 5.4"), perceptual),
     Exercise("fixer-3", lambda source: swap(source, "key=lambda pair: pair[1])", "key=lambda pair: pair[0])"),
              early_stopping),
     Exercise("fixer-4", unchanged, around_or_through, {
-        "AVERAGE_AROUND": "m after the step around G, T; G gives both pixels their mean",
+        "AVERAGE_AROUND": "m after the step around G, P; G gives both pixels their mean",
         "AVERAGE_THROUGH": "m after the step through G, the same G",
-        "ROUND_AROUND": "m after the step around G, T; G rounds each pixel",
+        "ROUND_AROUND": "m after the step around G, P; G rounds each pixel",
         "ROUND_THROUGH": "m after the step through G, the same G",
         "NEEDED": "which of these attacks an evaluation of unknown Fixers needs: 'around', 'through' or 'both'",
         "JOINED": "accuracy under the worst of the page's three attacks, joined image by image"}),

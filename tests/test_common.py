@@ -522,6 +522,17 @@ def test_rate_value_and_how_rows_are_shown():
     assert common.shown(12.34567) == "12.35" and common.shown("text") == "text" and common.shown(3) == "3"
 
 
+def test_intervals_by_drawing_anew():
+    x, mean = torch.randn(400), lambda x: x.mean()
+    low, high = common.bootstrap(mean, x)
+    assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)  # that of a mean
+    assert common.bootstrap(mean, x) == [low, high]
+    low, high = common.bootstrap(lambda a, b: a.mean() - b.mean(), x, torch.randn(100))
+    assert high - low == pytest.approx(2 * 1.96 * (1 / 400 + 1 / 100) ** 0.5, rel=0.2)     # both vary
+    low, high = common.bootstrap(mean, x.view(-1, 1).repeat(1, 9))                # 400 images, not 3,600 numbers
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
 def test_wilson_interval():
     low, high = common.wilson(8, 10)  # Wilson 1927, 95 %
     assert abs(low - 0.4902) < 1e-4 and abs(high - 0.9433) < 1e-4
@@ -663,16 +674,16 @@ def test_data_replaced_by_others_of_the_same_size_are_noticed(tmp_path, write_np
         data = load_images("cifar10", "train", tmp_path / "data")
         Training(run_in(tmp_path / "runs"), "f", {"images": data})
     x = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
-    one, other = (common._identity(common.Images(x, torch.arange(4) + k, "toy")) for k in (0, 1))
+    one, other = (common.identity(common.Images(x, torch.arange(4) + k, "toy")) for k in (0, 1))
     assert one != other                                                         # labels count too
 
 
 def test_pictures_replaced_by_others_are_noticed(pictures):
     data = load_images("celebahq", "train", pictures, side=16)
-    before = common._identity(data)
-    assert before == common._identity(load_images("celebahq", "train", pictures, side=16))
+    before = common.identity(data)
+    assert before == common.identity(load_images("celebahq", "train", pictures, side=16))
     os.utime(pictures / "celebahq" / "Training" / "0.png", ns=(1, 1))
-    assert common._identity(data) != before
+    assert common.identity(data) != before
 
 
 def test_unreadable_and_foreign_checkpoints_are_one_line(tmp_path):

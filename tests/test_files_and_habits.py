@@ -113,10 +113,10 @@ def test_linked_folders_are_followed_and_each_file_is_read_once(tmp_path):
 def test_a_replaced_picture_is_another_data_set(tmp_path):
     file = tmp_path / "celebahq" / "train" / "1.png"
     picture(file, (1, 1, 1), compress_level=0)
-    before, size = common._identity(load_images("celebahq", "train", tmp_path)), file.stat().st_size
+    before, size = common.identity(load_images("celebahq", "train", tmp_path)), file.stat().st_size
     picture(file, (2, 2, 2), compress_level=0)
     assert file.stat().st_size == size
-    assert common._identity(load_images("celebahq", "train", tmp_path)) != before
+    assert common.identity(load_images("celebahq", "train", tmp_path)) != before
 
 
 # --- Tiny ImageNet as it is published, and otherwise ---

@@ -403,7 +403,7 @@ def test_one_attack_s_gradient_passes_through_g_and_the_other_does_not(exact):
     f, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(2, 1, 4, 4), torch.tensor([0, 2])
     a = torch.linspace(-2, 3, 16).view(4, 4)
     G = Blend(a, 0.5).requires_grad_(False)
-    z = (a * (x + 0.25) + 0.5).requires_grad_(True)  # G(T(x))
+    z = (a * (x + 0.25) + 0.5).requires_grad_(True)  # G(P(x))
     slope, = torch.autograd.grad(F.cross_entropy(f(z), y, reduction="sum"), z)
     logits, through = Defence(behind(G, f), 3, shifted).gradient(x, y, 1)
     assert torch.allclose(logits, f(z), atol=1e-5) and torch.allclose(through, a * slope, atol=1e-5)
@@ -520,7 +520,7 @@ def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
         assert rows[f"robust acc, {title}, worst of these"] == pytest.approx(worst / 6)
         for name in ("PGD images of f", "PGD images of f behind G", "whole chain"):
             assert rows[f"robust acc, {title}, {name}"] == pytest.approx(4 / 6)
-    for name in ("mid-run, BPDA+EOT", "Fixer, BPDA+EOT through G", "Fixer, BPDA+EOT around G, T"):
+    for name in ("mid-run, BPDA+EOT", "Fixer, BPDA+EOT through G", "Fixer, BPDA+EOT around G, P"):
         assert rows[f"robust acc, {name}"] == pytest.approx(4 / 6)
     for name in ("f", "f behind G"):
         assert rows[f"natural acc, {name}, no chains"] == pytest.approx(5 / 6)
@@ -530,7 +530,7 @@ def test_table_5_1_joins_all_attacks_on_the_same_images(run, monkeypatch):
     for call in asked:
         assert torch.equal(call.x, x) and torch.equal(call.y, y)
         if call.defence.K == 0:
-            assert call.a == ATTACK._replace(H_adv=1, H_def=1)
+            assert call.a == ATTACK
         else:
             assert call.a == (ATTACK if not call.a.whole else ATTACK._replace(whole=True))
     by_chain = [call.defence for call in asked if call.a.whole]
@@ -551,7 +551,7 @@ def test_table_5_1_without_a_mistake_of_any_attack_is_no_copy(run, monkeypatch):
     monkeypatch.setattr(fixer, "pgd", lambda *a: torch.zeros(4))
     monkeypatch.setattr(Defence, "predict", lambda self, x, H: torch.zeros(4).long())
     rows = rows_of(fixer.table_5_1(run, settings(), f, midrun, through, around, torch.zeros(4), torch.zeros(4), ATTACK))
-    assert rows["robust acc, Fixer, BPDA+EOT through G"] == 0.5 and rows["robust acc, Fixer, BPDA+EOT around G, T"] == 0.75
+    assert rows["robust acc, Fixer, BPDA+EOT through G"] == 0.5 and rows["robust acc, Fixer, BPDA+EOT around G, P"] == 0.75
     assert rows["robust acc, Fixer, whole chain"] == rows["robust acc, mid-run, worst of these"] == 0.25
     assert rows["robust acc, Fixer, PGD images of f"] == 1
 
@@ -668,8 +668,8 @@ def test_the_share_of_the_gap_that_is_closed(run, monkeypatch):
     monkeypatch.setattr(fixer, "same_chains", same_chains)
     monkeypatch.setattr(fixer, "outputs", outputs)
     rows = rows_of(fixer.upperbound(run, f, midrun, through, x, y))
-    assert rows["natural acc, f(x)"] == pytest.approx(0.9) and rows["natural acc, f(T(x))"] == 0.5
-    assert rows["natural acc, f(G(T(x)))"] == pytest.approx(0.8)
+    assert rows["natural acc, f(x)"] == pytest.approx(0.9) and rows["natural acc, f(P(x))"] == 0.5
+    assert rows["natural acc, f(G(P(x)))"] == pytest.approx(0.8)
     assert (rows["repaired by G"], rows["spoiled by G"]) == (pytest.approx(0.4), pytest.approx(0.1))
     assert rows["share of the gap closed"] == pytest.approx(3 / 4)
     read["before"] = read["f"]
@@ -767,13 +767,13 @@ def test_honesty_asks_a_classifier_that_g_never_saw_and_noise(run, monkeypatch):
     (chains, plain, *rest), (noise, under_noise, *same) = given
     assert chains is midrun and rest[0] is few and rest[1] is x_many and rest[2] is y_many and rest[3] == ATTACK
     assert same[0] is few and same[1] is x_many and same[3] == ATTACK
-    assert list(under_noise) == [f"{title}, noise for T" for title in plain]
-    for networks in (plain, {title.removesuffix(", noise for T"): net for title, net in under_noise.items()}):
+    assert list(under_noise) == [f"{title}, noise for P" for title in plain]
+    for networks in (plain, {title.removesuffix(", noise for P"): net for title, net in under_noise.items()}):
         assert networks["f, no Fixer"] is f and networks["unseen, no Fixer"] is other
         assert networks["f trained with noise"] is robust and len(networks) == 5
         for reader, net in (("f", f), ("unseen", other)):
             assert networks[f"{reader}, Fixer"][0] is G and networks[f"{reader}, Fixer"][1] is net
-    moved = noise.chain(x_many, 2) - x_many  # the size of T(x) - x: two steps of .1, as the fake chain goes
+    moved = noise.chain(x_many, 2) - x_many  # the size of P(x) - x: two steps of .1, as the fake chain goes
     assert noise.path is None  # BPDA is exact, and there is no chain to go back through
     assert (noise.K, noise.chunk) == (2, 7) and moved.std().item() == pytest.approx(0.2, rel=0.05)
     assert abs(moved.mean().item()) < 0.02 and noise.chain.func is fixer.noise
@@ -806,7 +806,7 @@ def energy_file(out, dataset="glyphs", shape=(1, 28, 28), smoke=True, finished=T
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "energy.pt").unlink(missing_ok=True)
     run = SimpleNamespace(folder=folder, device=torch.device("cpu"), seed=0, smoke=smoke)
-    made = {"net": net, "width": width, "updates": 2, "temperature": 1e-4, "tau_train": 0.015, "images": "#1", **made}
+    made = {"net": net, "width": width, "updates": 2, "temperature": 1e-4, "tau_train": 0.015, "images": TOY, **made}
     training = Training(run, "energy", made, V=V)
     saves, Training.SAVE_SECONDS = Training.SAVE_SECONDS, -1
     for it in training.updates(2):
@@ -830,9 +830,23 @@ def ran(monkeypatch, code=0, makes=None):
     return asked
 
 
-def energy_of(tmp_path, *flags):
+TOY = common.Images(torch.arange(2 * 28 * 28, dtype=torch.uint8).view(2, 1, 28, 28), torch.tensor([0, 1]), "toy")
+
+
+def energy_of(tmp_path, *flags, data=TOY):
     args = fixer.get_args(["--out", tmp_path / "runs", "--device", "cpu", *flags])
-    return fixer.midrun_energy(args, (1, 28, 28))
+    return fixer.midrun_energy(args, data)
+
+
+def test_an_energy_of_other_images_is_refused(tmp_path, monkeypatch):
+    """Four classes of CIFAR-10 on a CPU, then all ten with the same --out: shapes agree, images do not."""
+    energy_file(tmp_path / "runs")
+    asked = ran(monkeypatch)
+    with pytest.raises(common.UserError, match="other images"):
+        energy_of(tmp_path, "--budget", "smoke", data=common.Images(TOY.x, TOY.y + 1, "toy"))
+    pictures = SimpleNamespace(shape=(1, 28, 28))  # in files: lifecycle_midrun.py may have read them into memory
+    energy_of(tmp_path, "--budget", "smoke", data=pictures)
+    assert not asked
 
 
 def test_the_energy_is_read_with_its_temperature(tmp_path, monkeypatch):
@@ -845,14 +859,14 @@ def test_the_energy_is_read_with_its_temperature(tmp_path, monkeypatch):
 
 def test_a_missing_energy_is_made_by_a_command(tmp_path, monkeypatch, capsys):
     asked = ran(monkeypatch, makes=lambda: energy_file(tmp_path / "runs"))
-    flags = ("--budget", "smoke", "--seed", 7, "--data-dir", "elsewhere")
+    flags = ("--budget", "smoke", "--seed", 7, "--data-dir", "elsewhere", "--first-class", 3)
     energy_of(tmp_path, *flags)
     assert "lifecycle_midrun.py --only figure3.2" in capsys.readouterr().out
     (python, script, *rest), = asked
     assert python == fixer.sys.executable and script.endswith("lifecycle_midrun.py") and rest[:2] == ["--only", "figure3.2"]
     told = dict(zip(rest[2::2], rest[3::2]))
     assert told == {"--dataset": "glyphs", "--budget": "smoke", "--out": str(tmp_path / "runs"), "--data-dir": "elsewhere",
-                    "--seed": "7", "--device": "cpu"}
+                    "--seed": "7", "--device": "cpu", "--first-class": "3"}
     energy_of(tmp_path, *flags)  # it is there now
     assert len(asked) == 1
 
@@ -904,7 +918,7 @@ def test_energies_that_cannot_be_used(tmp_path, outcome, monkeypatch):
 
 def test_a_fixer_of_another_energy_is_refused(tmp_path, outcome):
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--only", "figure5.2")
-    file = energy_file(tmp_path)
+    file = energy_file(tmp_path, images=common.load_images("glyphs"))
     assert outcome(fixer, *flags) == (0, "")
     state = torch.load(file, weights_only=True)
     state["V"]["body.0.weight"] += 0.1
@@ -921,6 +935,7 @@ def test_a_fixer_of_another_energy_is_refused(tmp_path, outcome):
 def wired(tmp_path, monkeypatch):
     """Run main up to its experiments; what they are given, made when asked for, and what was trained."""
     def wire(*flags, dataset="glyphs", shape=(1, 28, 28), **made):
+        made.setdefault("images", common.load_images("glyphs"))
         energy_file(tmp_path, dataset, shape, **made)
         have, trained = {}, {}
 
@@ -970,7 +985,8 @@ def test_a_classifier_is_trained_with_noise(wired):
 
 
 def test_the_first_classes_can_be_left_out(wired):
-    have, trained = wired("--first-class", 6, "--natural", 60, "--pairs", 50)
+    four = common.load_images("glyphs").from_class(6)
+    have, trained = wired("--first-class", 6, "--natural", 60, "--pairs", 50, images=four)
     assert have.f.head.out_features == have.other.head.out_features == 4
     assert sorted(set(have.y_many.tolist())) == sorted(set(trained["f"]["data"].y.tolist())) == [0, 1, 2, 3]
     assert set(have.held.y.tolist()) <= {0, 1, 2, 3} and set(trained["mse"]["learned"].y.tolist()) == {0, 1, 2, 3}
@@ -1020,7 +1036,9 @@ def test_attacked_and_natural_images_are_of_the_test_split(wired):
 
 
 def test_colour_images_are_cropped_and_flipped_for_f(wired, write_npz):
-    have, trained = wired("--data-dir", write_npz("cifar10"), dataset="cifar10", shape=(3, 32, 32))
+    folder = write_npz("cifar10")
+    have, trained = wired("--data-dir", folder, dataset="cifar10", shape=(3, 32, 32),
+                          images=common.load_images("cifar10", "train", folder))
     assert trained["f"]["augment"] == trained["other"]["augment"] == "crop_flip" and trained["f"]["sgd"] == 0.1
     assert isinstance(have.f, common.WideResNet)
 
@@ -1029,7 +1047,7 @@ def test_colour_images_are_cropped_and_flipped_for_f(wired, write_npz):
 
 
 def test_smoke_run_of_every_experiment(tmp_path, outcome):
-    energy_file(tmp_path)
+    energy_file(tmp_path, images=common.load_images("glyphs"))
     flags = ("--budget", "smoke", "--out", tmp_path, "--device", "cpu", "--f-iters", 30, "--only", *fixer.EXPERIMENTS)
     assert outcome(fixer, *flags) == (0, "")
     folder = tmp_path / "fixer-glyphs"

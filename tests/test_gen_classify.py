@@ -512,7 +512,7 @@ def test_figure_3_11_holds_each_d_k_against_its_own_class(run, monkeypatch):
     for k, row in enumerate(rows):
         own, others = z[y == k, k], z[y != k, k]
         assert row["value"] == pytest.approx(gc.auroc(own, others)) and (row["positive"], row["n"]) == (len(own), len(others))
-        assert row["interval"] == gc.bootstrap(own, others) and row["interval"][0] < row["value"] < row["interval"][1]
+        assert row["interval"] == common.bootstrap(gc.auroc, own, others) and row["interval"][0] < row["value"] < row["interval"][1]
         shown = panels[f"d_{k + 1}"]
         assert torch.equal(shown["its class"], own) and torch.equal(shown["others"], others)
 

@@ -79,7 +79,7 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     truth, inside, widths = 0.7602, 0, []
     for seed in range(60):
         torch.manual_seed(seed)
-        low, high = od.bootstrap(torch.randn(200) + 1, torch.randn(200), draws=200)
+        low, high = common.bootstrap(od.auroc, torch.randn(200) + 1, torch.randn(200))
         inside += low <= truth <= high
         widths.append(high - low)
     assert inside >= 51 and sum(widths) / 60 == pytest.approx(2 * 1.96 * 0.0236, rel=0.15)
