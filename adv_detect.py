@@ -21,10 +21,10 @@ them at random in the ball. Figures 3.3 and 3.6 also have a softmax classifier t
     (3.29)  FPR (false positive rate): share of ALL attacked images that are misread AND accepted.
     AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
 
-Commands (two cores; minutes on digits: of older code; all numbers: results/adv_detect.md):
-    python adv_detect.py                               6 min: AUC of d_1 .993, of d_2 1.00 under l_inf .3
-    python adv_detect.py --only table3.4 --models all  9 min: detectors of four attacks, crosswise
-    python adv_detect.py --dataset mnist               45 min: AUC of d_1 .998 (source: .9996)
+Commands (one core without AVX512, "slow"; all numbers: results/adv_detect.md):
+    python adv_detect.py                    within an hour: AUC of d_1 .993, of d_2 1.00 under l_inf .3
+    python adv_detect.py --only table3.4 --models all  detectors of four attacks, crosswise
+    python adv_detect.py --dataset mnist               hours; AUC of d_1 .998 by older code (source: .9996)
     python adv_detect.py --dataset cifar10             a GPU; --budget paper: the source's settings
 The log: half of (3.23), .693 at first; mean logits z_pos of clean, z_neg of attacked images: they part.
 Differs: the attacker raises z_k, not L: the same maximum, and no vanishing gradient. CIFAR-10: a wide

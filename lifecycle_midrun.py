@@ -28,10 +28,10 @@ that sees such images.
     3.2.4   x <- x + eta^2/2 S(x) + eta z, S = grad log q, q the density of the data: S stands for -grad U
     (4.2)   Dice = 2 TP / (2 TP + FP + FN + 1e-9) of a predicted and the true mask (misprinted in the source)
     (4.3)   A segmentation is right if Dice(attacked, purified) >= Dice(clean, not purified) / 2.
-Commands (two cores; minutes on digits: of older code; more numbers in results/):
-    python lifecycle_midrun.py                    6 min: robust accuracy .02 without, .93 with the defence
-    python lifecycle_midrun.py --only table4.2    4 min more: the same energy before a segmentation network
-    python lifecycle_midrun.py --only figure3.2   1 min: trains the energy alone; mean age 359 steps
+Commands (one core; slow: one without AVX512; more numbers in results/):
+    python lifecycle_midrun.py                    30 min: robust accuracy .02 without, .93 with the defence
+    python lifecycle_midrun.py --only table4.2    30 min, slow: the same energy before a segmentation network
+    python lifecycle_midrun.py --only figure3.2   11 min, slow: trains the energy alone; mean age 359 steps
     python lifecycle_midrun.py --dataset cifar10  within an hour on a CPU (four of ten classes): .00, .53
 The log. d: energy of data minus that of chains. moved: root mean square of pixels by which k_train steps
 moved the chains (noise alone: tau sqrt(k_train)). age: mean of the bank, in steps.
