@@ -14,7 +14,6 @@ The names that you meet in a script, and may take on trust:
     load_images, train_and_test, load_on_device, batches   data sets by name; endless shuffled batches
     user_pictures, whole_file   a folder of pictures that a user has; a file, whole or not at all
     make_net, train_classifier   a network by name; a classifier of a data set
-    identity                  what a checkpoint remembers of a thing it was made from
     UserError, Diverged       what ends a run with one line on stderr
 
 Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; networks scale or normalise
@@ -45,7 +44,8 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "Agg"  # pictures go to files; a notebook's choice may not even be installed here
+if "ipykernel" not in sys.modules:  # pictures go to files; a notebook's choice is not installed everywhere
+    os.environ["MPLBACKEND"] = "Agg"
 import matplotlib
 import numpy as np
 import torch
@@ -195,18 +195,20 @@ def _print_list(registry, dataset):
 
 def call(main):
     """Run a script's main; what ends it early is one line on stderr and exit code 2, 1 (diverged) or 130."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # piped into head: ends as other commands do
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (UserError, Diverged, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            error = "interrupted; the same command, less --fresh, goes on where it was"
-        print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
-        sys.exit({UserError: 2, Diverged: 1}.get(type(error), 130))
+        sys.stdout.flush()
+    except BrokenPipeError:  # piped into head: ends without a word, as other commands do
+        os._exit(141)
+    except (UserError, Diverged, KeyboardInterrupt, torch.cuda.OutOfMemoryError) as error:
+        said = {KeyboardInterrupt: "interrupted; the same command, less --fresh, goes on where it was",
+                torch.cuda.OutOfMemoryError: "the GPU's memory is full; try a lower --chunk, or --batch"}
+        text = f"{Path(sys.argv[0]).name}: {said.get(type(error), error)}"
+        print(text.replace("\n", " "), file=sys.stderr)
+        sys.exit({Diverged: 1, KeyboardInterrupt: 130}.get(type(error), 2))
 
 # --- results: rows, published numbers, the run's folder -----------------------------------------------------
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -250,7 +252,7 @@ def shown_row(row):
     beside = ", ".join(f"{key} {shown(row[key])}" for key in settings)
     low, high = row.get("interval", (0, 0))
     digits = 2 if high - low > 0.03 else 3
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if "interval" in row else ""
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else ""
     return row["quantity"], beside, shown(row["value"]) + interval
 
 def picture_grid(axis, x, columns, title):
@@ -358,7 +360,7 @@ class Run:
         figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 4.4 * len(panels), 3.6), squeeze=False)
         for axis, x in zip(axes[0], panels):
             for quantity in dict.fromkeys(row["quantity"] for row in rows if x in row):
-                points = [row for row in rows if row["quantity"] == quantity]
+                points = [row for row in rows if row["quantity"] == quantity and x in row]
                 places, heights = [row[x] for row in points], [row["value"] for row in points]
                 axis.plot(places, heights, "o-", ms=3, label=quantity)
                 if "interval" in points[0]:
@@ -389,7 +391,7 @@ class Training:
             training.log(loss=loss, K=K)              # floats: mean since the last line; ints: the last one
 
     parts: what NAME.pt keeps: modules, optimisers, schedules, tensors, lists. The constructor restores them,
-    in place, and the random generators: an interrupted loop goes on bit for bit; a finished one is empty.
+    in place, and the random generators: an interrupted loop goes on where it was, on a CPU bit for bit.
     made_from: settings, networks, images, functions that the result depends on; a checkpoint made from others
     is refused or, where names are `unique`, not looked at. limits: {name: largest value} of what is logged;
     beyond, or where it is not finite, Diverged is raised with `advice`. rows: the log.
@@ -407,7 +409,7 @@ class Training:
         self.name, self.folder = name, folder or run.folder
         self.file = self.folder / f"{name}.pt"
         state = _load_checkpoint(self.file, self.made_from, run)
-        fresh = {"it": 0, "rows": [], "since": [], "seconds": 0.0, "finished": False}
+        fresh = {"it": 0, "rows": [], "since": {}, "seconds": 0.0, "finished": False}
         for key in fresh:
             setattr(self, key, (state or fresh)[key])
         for key, part in parts.items() if state else ():
@@ -459,13 +461,13 @@ class Training:
             if self.finished:
                 return
 
+    @torch.no_grad()
     def log(self, **numbers):
         """Numbers or 0-d tensors of this update, for the log; nothing waits for the device here."""
-        self.since.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()})
-
-    def stop(self):
-        """This update is the last one."""
-        self.finished = True
+        for key, new in numbers.items():
+            total, n = self.since.get(key, (0.0, 0))
+            new = new if isinstance(new, int) else total + torch.as_tensor(new, dtype=torch.float64)
+            self.since[key] = (new, n + 1)
 
     @contextlib.contextmanager
     def pause(self):
@@ -477,12 +479,10 @@ class Training:
     def _line(self):
         """One line of the log from what was logged since the last one; raises Diverged."""
         row = {"it": self.it}
-        for key in dict.fromkeys(itertools.chain(*self.since)):
-            numbers = [entry[key] for entry in self.since if key in entry]
-            mean = sum(float(number) for number in numbers) / len(numbers)
-            row[key] = numbers[-1] if isinstance(numbers[-1], int) else float(f"{mean:.5g}")
+        for key, (total, n) in self.since.items():  # the last one of whole numbers, the sum of others
+            row[key] = total if isinstance(total, int) else float(f"{float(total) / n:.5g}")
         row["seconds"] = round(self.seconds, 1)
-        self.since = []
+        self.since = {}
         self.rows.append(row)
         self._write_log()
         for key, number in row.items():
@@ -501,6 +501,8 @@ class Training:
 
     def _save(self):
         """The checkpoint NAME.pt: state, what it was made from, the generators; atomic."""
+        if not all(math.isfinite(total) for total, _ in self.since.values()):
+            return  # the log's next line stops a diverged loop; the checkpoint before stays
         names = ("it", "rows", "since", "seconds", "finished", "made_from")
         state = {key: getattr(self, key) for key in names}
         state["smoke"], state["rng"] = self.run.smoke, {"cpu": torch.get_rng_state()}
@@ -538,7 +540,7 @@ def repeat(step, x, n, *arguments):
     """
     first = x if isinstance(x, torch.Tensor) else x[0]
     with torch.no_grad():
-        if first.device.type == "cuda":
+        if first.device.type == "cuda" and n:
             return _replay(step, x, n, arguments)
         for _ in range(n):
             x = step(x, *arguments)
@@ -577,16 +579,16 @@ def fast_precision(device):
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast, cache_enabled=False)
 
 def to_device(net, device):
-    """A network on the device; channels-last where bfloat16 units want it (float32 on a CPU breaks on it)."""
-    fast = torch.device(device).type == "cuda" or bfloat16_units(device)
-    return net.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
+    """A network on the device; channels-last where bfloat16 units want it."""
+    layout = torch.channels_last if bfloat16_units(device) else torch.preserve_format
+    return net.to(device, memory_format=layout)
 
 def by_parts(function, x, size, *tensors, dim=0):
     """function(x, ...) of parts of at most `size` rows of all of them, joined again; dim: where rows are."""
     parts = [tensor.split(size, dim) for tensor in (x, *tensors)]
     return torch.cat([function(*part) for part in zip(*parts)], dim)
 
-_RECORDED = collections.OrderedDict()  # what a step depends on -> its _Recording; the oldest of 24 is dropped
+_RECORDED = collections.OrderedDict()  # what a step depends on: its _Recording; the oldest of 100 is dropped
 
 def _replay(step, x, n, arguments):
     """The body of repeat() on a GPU."""
@@ -599,10 +601,10 @@ def _replay(step, x, n, arguments):
         if isinstance(thing, torch.Tensor):
             batched = thing.dim() > 0 and len(thing) == rows
             thing = (thing.shape[1:] if batched else thing.shape, thing.dtype, batched)
-        key += [thing, getattr(thing, "training", None)]
+        key += [type(thing), thing, getattr(thing, "training", None)]
     key = tuple(key)
     if key not in _RECORDED:
-        if len(_RECORDED) >= 24:
+        if len(_RECORDED) >= 100:
             _RECORDED.popitem(last=False)
         _RECORDED[key] = _Recording(step, single, state, arguments, size)
     _RECORDED.move_to_end(key)
@@ -616,7 +618,7 @@ def _padded_size(rows):
 
 class _Recording:
     """A step on buffers of its own, recorded as a CUDA graph. All graphs share one pool: they run in turn."""
-    pool = None
+    pool = stream = None
 
     def __init__(self, step, single, state, arguments, size):
         def buffer(thing):  # of `size` rows where a tensor has one for each image
@@ -627,10 +629,10 @@ class _Recording:
         self.state, self.arguments = [buffer(t) for t in state], [buffer(a) for a in arguments]
         self.fill(state, arguments)
         given = self.state[0] if single else tuple(self.state)
-        stream = torch.cuda.Stream()
+        _Recording.stream = stream = _Recording.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up outside the graph, as PyTorch asks
-            for _ in range(3):
+        with torch.random.fork_rng([torch.cuda.current_device()]), torch.cuda.stream(stream):
+            for _ in range(3):  # warm-up outside the graph, as PyTorch asks; its random numbers do not count
                 step(given, *self.arguments)
         torch.cuda.current_stream().wait_stream(stream)
         _Recording.pool = _Recording.pool or torch.cuda.graph_pool_handle()
@@ -665,7 +667,6 @@ SYMBOLS = "#$%&+=<>?@{}~!" + "\u0393\u0394\u0398\u03a3\u03a9\u03b1\u03b2\u03bb\u
 TEXT_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
               "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
               "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10")
-SYMBOL_FONTS = TEXT_FONTS[:12]  # in the Computer Modern files these code points hold other signs
 
 @dataclasses.dataclass
 class Images:
@@ -714,7 +715,7 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
     else:
         x, y = _download(name, split, data_dir)
     if x.shape[-2:] != (side, side):
-        x = T.resize(x, [side, side], antialias=True)
+        x = by_parts(functools.partial(T.resize, size=[side, side], antialias=True), x, 1000)
     if channels == 3 and x.shape[1] == 1:
         x = x.expand(-1, 3, -1, -1).contiguous()
     elif channels == 1 and x.shape[1] == 3:
@@ -722,9 +723,9 @@ def load_images(name, split="train", data_dir="data", channels=None, side=None):
     return Images(x, y, name)
 
 def load_on_device(args, name, split, channels=None, side=None):
-    """A data set on args.device. Pictures in files are read into memory, if they are not too many."""
+    """A data set on args.device. Pictures in files are read into memory, where it takes less than 8 GB."""
     images = load_images(name, split, args.data_dir, channels, side)
-    if isinstance(images, Pictures) and len(images) < 100_000:
+    if isinstance(images, Pictures) and len(images) * math.prod(images.shape) < 8e9:
         images = in_memory(images)
     return images.to(args.device)
 
@@ -732,7 +733,7 @@ def train_and_test(args, batch, images, side=None):
     """Both splits of args.dataset, on the device, from the setting first_class on; UserError for too few."""
     first = getattr(args.settings, "first_class", 0)
     parts = [load_on_device(args, args.dataset, split, None, side) for split in ("train", "test")]
-    data, test = [images.from_class(first) if first else images for images in parts]
+    data, test = [part.from_class(first) if first else part for part in parts]
     if images > len(test) or batch > len(data):
         raise UserError(f"--images, --batch: {args.dataset} has {len(test)} to test, {len(data)} to train")
     return data, test
@@ -774,11 +775,11 @@ def _batches_of_pictures(images, size, seed, start, augment, device, workers):
     def keys():
         for t in itertools.count(start):
             index = batch_index(len(images), size, seed, t).tolist()
-            yield [(i, augment, seed + 31 * t + 7 * j) for j, i in enumerate(index)]
+            yield [(i, augment, seed + size * t + j) for j, i in enumerate(index)]
     loader = torch.utils.data.DataLoader(images, batch_sampler=keys(), num_workers=workers,
                                          generator=torch.Generator())  # else it draws from everybody's
     with _errors_of_workers():
-        for t, x in zip(itertools.count(start), loader):
+        for t, x in enumerate(loader, start):
             yield x.to(device).float() / 255, batch_index(len(images), size, seed, t)
 
 def crop_flip(x, seed, pad=4, flip=True):
@@ -803,7 +804,7 @@ def _made_here(name, split, channels=1, side=28):
         x = np.random.RandomState(77 + offset).randint(0, 256, (n, channels, side, side), dtype=np.uint8)
         return torch.from_numpy(x), torch.zeros(n, dtype=torch.long)
     drawn = {"glyphs": (DIGITS, TEXT_FONTS, 10), "letters": (LETTERS, TEXT_FONTS, 20),
-             "symbols": (SYMBOLS, SYMBOL_FONTS, 30)}
+             "symbols": (SYMBOLS, TEXT_FONTS[:12], 30)}  # the cm files hold other signs in their places
     chars, fonts, seed = drawn[name]
     return render_glyphs(chars, fonts, n, seed + offset)
 
@@ -821,11 +822,10 @@ def render_glyphs(chars, fonts, n, seed, side=28):
                 owner.append(place)
     lacking = [char for place, char in enumerate(chars) if place not in owner]
     if lacking:
-        raise UserError(f"glyphs: no font of this matplotlib ({matplotlib.__version__}) draws {lacking}; "
-                        "reinstall it")
+        raise UserError(f"no font of this matplotlib ({matplotlib.__version__}) has {lacking}: reinstall it")
     templates = torch.from_numpy(np.stack(templates))[:, None]                            # [M, 1, 64, 64]
     random = np.random.RandomState(seed)
-    label = random.randint(len(chars), size=n)
+    label = random.randint(len(chars), size=n, dtype=np.int64)
     first = np.searchsorted(owner, label)  # each character's drawings stand together
     count = np.searchsorted(owner, label, side="right") - first
     which = torch.from_numpy(first + np.floor(random.rand(n) * count).astype(np.int64))
@@ -901,6 +901,8 @@ class Pictures(torch.utils.data.Dataset):
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         return torch.stack([self[int(i)] for i in index]).float() / 255
+    def from_class(self, first):
+        raise UserError("--first-class is not for pictures in folders")
     def to(self, device):
         return self  # pictures stay in their files; a batch moves to the device when it is used
 
@@ -911,7 +913,7 @@ def in_memory(pictures, index=slice(None), workers=2):
     loader = torch.utils.data.DataLoader(pictures, 64, sampler=index.tolist(), num_workers=workers,
                                          generator=torch.Generator())  # else it draws from everybody's
     with _errors_of_workers():
-        parts = list(loader)
+        parts = [part.clone() for part in loader]  # out of memory that is shared with the workers
     return Images(torch.cat(parts), y[index], pictures.name)
 
 def user_pictures(folder, output, side):
@@ -973,8 +975,8 @@ def _picture_files(folder, split):
     if not any(homes.values()):
         print(f"{folder}: no folder {', '.join(itertools.chain(*SPLITS.values()))}; a tenth is to test")
         homes = dict.fromkeys(SPLITS, folder)
-    elif folder.name == "tiny-imagenet-200":
-        homes["test"] = folder / "val"  # what it calls test has no labels
+    elif folder.name in ("tiny-imagenet-200", "imagenet"):
+        homes["test"] = inside.get("val", homes["test"])  # what these call test has no labels
     home, train = homes[split], homes["train"] or folder
     files = below = _files_below(home) if home else []
     if homes["train"] == homes["test"]:
@@ -1039,11 +1041,10 @@ def _read_npz(file, split, expected):
 
 def _download(name, split, data_dir):
     """Read a small set with torchvision, downloading it where needed -> uint8 [N, C, H, W], int64 [N]."""
-    kinds = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
-             "svhn": "SVHN"}
+    kind = {"fashion_mnist": "FashionMNIST"}.get(name, name.upper())
     which = {"split": split} if name == "svhn" else {"train": split == "train"}
     try:
-        made = getattr(torchvision.datasets, kinds[name])(str(data_dir), download=True, **which)
+        made = getattr(torchvision.datasets, kind)(str(data_dir), download=True, **which)
     except Exception as error:
         mend = "pip install scipy" if isinstance(error, ImportError) else "mend the network"
         raise UserError(f"{name}: no {data_dir / name}.npz, and no download ({_first_line(error)}); put an "
@@ -1228,8 +1229,8 @@ class Pretrained(Pooled):
         if self.training:
             return self.resized(x)
         # eight at a time, activations recomputed: gradients of many images in little memory
-        parts = [checkpoint(self.resized, part, use_reentrant=False) for part in x.split(8)]
-        return torch.cat(parts)
+        again = functools.partial(checkpoint, self.resized, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(part) for part in x.split(8)])
 
 def weights_at_hand(name, data_dir):
     """torchvision's weight file of that name in data_dir or in torch's hub folder, or None."""
@@ -1283,8 +1284,7 @@ class ResNet(Pooled):
 
 # --- features, a network by name, a trained classifier ----------------------------------------------------
 def feature_network(data, data_dir, classifier):
-    """Of a Frechet distance: ("FID", Inception-V3) for colour images where its weights are at hand, else
-    ("FD-cls", the classifier). classifier: as once() makes it."""
+    """("FID", Inception-V3) for colour images where its weights are at hand; or ("FD-cls", classifier())."""
     file = weights_at_hand(InceptionFeatures.FILE, data_dir)
     if data.shape[0] == 3 and file:
         return "FID", InceptionFeatures(file)
@@ -1383,7 +1383,8 @@ def identity(thing):
         return _fingerprint([thing.x, thing.y])
     if isinstance(thing, Pictures):
         about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in thing.files]
-        return "#" + hashlib.sha1(str(about).encode()).hexdigest()[:8]
+        about = str((thing.side, thing.folders, about))
+        return "#" + hashlib.sha1(about.encode()).hexdigest()[:8]
     if isinstance(thing, functools.partial):
         return [thing.func.__name__, identity(thing.args), identity(thing.keywords)]
     if isinstance(thing, dict):
@@ -1416,15 +1417,14 @@ def read_checkpoint(file):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state["made_from"], state["smoke"], state["rng"]["cpu"]
-    except Exception as error:
-        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__}); "
-                        "--fresh starts over") from None
+    except Exception:
+        raise UserError(f"{file}: not a readable checkpoint; --fresh (or its removal) starts over") from None
     return state
 
 @contextlib.contextmanager
 def whole_file(file):
     """A name to write to; then renamed, so that `file` is whole or as before. UserError where that fails."""
-    scratch = Path(f"{file}.tmp")
+    scratch = Path(f"{file}.{Path(sys.argv[0]).stem}.tmp")  # two scripts may write one shared file
     try:
         yield scratch
         os.replace(scratch, file)

@@ -263,7 +263,7 @@ def train_phase(run, s, name, chain, learned, held, loss, epochs, K, start=None,
         if losses[-1] == lowest or not early:
             best.load_state_dict(G.state_dict())
         if early and epoch - 1 - losses.index(lowest) >= s.patience:
-            training.stop()
+            training.finished = True  # this epoch was the last one
     best.losses = losses
     return best
 

@@ -170,7 +170,7 @@ ATTACKS = {  # name: what is minimised, and whether once for each other class k
 }
 
 def test_step(state, net, x0, y, k, loss, a):
-    """A step of PGD. state: images x [n, C, S, S]; which of them were misread so far [n]."""
+    """A step of PGD, in float32: verdicts are exact. state: images x [n, C, S, S]; which were misread [n]."""
     x, misread = state
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -615,7 +615,6 @@ def main(argv=None):
     first, rest = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
     validation, train = chosen(data, first), chosen(data, rest)
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
-    run = common.Run("gen_classify", args)
     K = int(data.y.max()) + 1
     build = partial(common.make_net, s.soft_net, K, data.shape, s.soft_width)
     build()
@@ -626,6 +625,8 @@ def main(argv=None):
     auxiliary = None
     if s.auxiliary != "none":
         auxiliary = common.load_on_device(args, s.auxiliary, "train", *data.shape[:2])
+    run = common.Run("gen_classify", args)
+    run.chunk = run.chunk // K + 1  # each image meets K networks
     d = once(lambda: train_d(run, s, "d", train, range(K), auxiliary))
     held_out = {"validation": validation, "test": test}[s.calibrate]
     c = once(lambda: calibrate(d(), held_out))

@@ -290,9 +290,10 @@ DETECTORS = {  # a method's network and a score of its outputs
 }
 
 def augmented(x):
-    """AutoAugment, and a square of 16 x 16 in one colour (Cutout), for each image of x [B, 3, S, S]."""
+    """AutoAugment, a draw for eight images each, and for each image of x [B, 3, S, S] a square of 16 x 16 in
+    one colour (Cutout)."""
     policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
-    x = torch.stack([policy(image) for image in (255 * x).round().to(torch.uint8)]).float() / 255
+    x = torch.cat([policy(images) for images in (255 * x).round().to(torch.uint8).split(8)]).float() / 255
     mean = torch.tensor([0.4914, 0.4822, 0.4465], device=x.device).view(3, 1, 1)  # of CIFAR-10
     row, column = torch.randint(x.shape[-1], (2, len(x), 1), device=x.device)  # the square's middle
     place = torch.arange(x.shape[-1], device=x.device)
@@ -616,6 +617,7 @@ def main(argv=None):
         test = common.load_on_device(args, args.dataset, "test", None, side)
         sets = other_sets(args, replace(s, p0="none"), test, test, test)
         run = common.Run("ood_detect", args, p0="that of at_gen.py")
+        run.chunk = max(run.chunk // max(side // 32, 1) ** 2, 1)  # fewer large pictures at once
         model = {"AT generative model": Detector(f, logit)}
         return run.experiments(EXPERIMENTS, test=test, sets=sets, detectors=model)
     data, test = common.train_and_test(args, s.batch, s.images)

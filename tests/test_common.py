@@ -533,6 +533,12 @@ def test_intervals_by_drawing_anew():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
+def test_an_interval_without_width_is_not_shown():
+    """500 draws that all agree are no evidence of precision: an AUROC of 1 on 60 images is not 1 [1, 1]."""
+    assert common.shown_row({"quantity": "a", "value": 1.0, "interval": [1.0, 1.0]})[2] == "1"
+    assert common.shown_row({"quantity": "a", "value": 0.5, "interval": [0.25, 0.75]})[2] == "0.5 [0.25, 0.75]"
+
+
 def test_wilson_interval():
     low, high = common.wilson(8, 10)  # Wilson 1927, 95 %
     assert abs(low - 0.4902) < 1e-4 and abs(high - 0.9433) < 1e-4
@@ -607,6 +613,42 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert again[:3] == whole[:3]
 
 
+def test_no_checkpoint_is_kept_of_what_has_diverged_since_the_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(Training, "LINES", 2)
+    n = torch.zeros(1)
+    training = Training(run_in(tmp_path), "late", {}, n=n)
+    with pytest.raises(common.Diverged):
+        for it in training.updates(20):
+            n += 1
+            training.log(a=float("nan") if it >= 4 else 1.0)                    # the line of update 10 will say so
+    state = torch.load(tmp_path / "late.pt", weights_only=True)
+    assert state["it"] == state["n"].item() == 3
+
+
+def test_the_log_is_a_mean_in_double_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(Training, "LINES", 1)
+    training = Training(run_in(tmp_path), "mean", {})
+    for it in training.updates(4000):
+        training.log(a=torch.tensor(0.7), b=0.7, half=torch.tensor(0.75, dtype=torch.bfloat16), last=it)
+        if it % 2:
+            training.log(odd=torch.tensor(float(it), requires_grad=True))
+    row, = training.rows
+    assert (row["a"], row["b"], row["half"], row["last"], row["odd"]) == (0.7, 0.7, 0.75, 4000, 2000.0)
+
+
+def test_two_scripts_that_write_one_file_do_not_meet(tmp_path, monkeypatch):
+    file = tmp_path / "f.pt"
+    with common.whole_file(file) as mine:
+        mine.write_text("mine")
+        with monkeypatch.context() as other:
+            other.setattr(sys, "argv", ["other.py"])
+            with common.whole_file(file) as theirs:
+                theirs.write_text("theirs")
+        assert file.read_text() == "theirs"
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_training_stops_at_nonsense_and_keeps_no_checkpoint_of_it(tmp_path):
     for numbers, limits in (({"a": float("nan")}, {}), ({"a": torch.tensor(float("inf"))}, {}), ({"a": -11.0}, {"a": 10})):
         training = Training(run_in(tmp_path), "nan", {}, limits=limits, advice="--lr")
@@ -627,7 +669,7 @@ def test_a_training_that_ends_early_is_finished(tmp_path):
             n += it
             seen.append(it)
             if it == 5:
-                training.stop()
+                training.finished = True
     assert seen == [1, 2, 3, 4, 5] and n.item() == 15
 
 
@@ -684,6 +726,16 @@ def test_pictures_replaced_by_others_are_noticed(pictures):
     assert before == common.identity(load_images("celebahq", "train", pictures, side=16))
     os.utime(pictures / "celebahq" / "Training" / "0.png", ns=(1, 1))
     assert common.identity(data) != before
+
+
+def test_labels_and_size_of_pictures_are_noticed(pictures):
+    data = load_images("celebahq", "train", pictures, side=16)
+    moved = load_images("celebahq", "train", pictures, side=16)
+    moved.folders = ["elsewhere", *moved.folders[1:]]
+    larger = load_images("celebahq", "train", pictures, side=17)
+    assert len({common.identity(kind) for kind in (data, moved, larger)}) == 3
+    with pytest.raises(UserError, match="first-class"):
+        data.from_class(2)
 
 
 def test_unreadable_and_foreign_checkpoints_are_one_line(tmp_path):
@@ -854,7 +906,10 @@ def test_list_names_every_experiment_and_its_published_numbers(capsys, monkeypat
 
 
 def test_diverged_and_interrupted_runs_have_codes_of_their_own(outcome):
-    for error, code in ((UserError("a"), 2), (common.Diverged("b"), 1), (KeyboardInterrupt(), 130)):
+    full = torch.cuda.OutOfMemoryError("Tried to allocate 2 GiB.\nGPU 0 has ...")
+    for error, code, says in ((UserError("a"), 2, "a"), (common.Diverged("b"), 1, "b"), (KeyboardInterrupt(), 130, "interrupted"),
+                              (full, 2, "--chunk")):
         def main(argv):
             raise error
-        assert outcome(SimpleNamespace(main=main))[0] == code
+        ended, err = outcome(SimpleNamespace(main=main))
+        assert ended == code and says in err and err.count("\n") == 1

@@ -372,7 +372,7 @@ def half(commands, tmp_path_factory):
 
 def fill_the_disk(file):
     """What is written for this file goes to a device that is full."""
-    scratch = Path(f"{file}.tmp")
+    scratch = Path(f"{file}.at_gen.tmp")
     scratch.unlink(missing_ok=True)
     scratch.symlink_to("/dev/full")
 
@@ -390,20 +390,21 @@ def test_a_full_disk_is_one_line_and_spoils_no_file(commands, unbroken, half, tm
     fill_the_disk(file)
     ended = commands("at_gen", "--out", out, "--only", *(film or SHORT["at_gen"]))
     assert says(ended, 2, f"{name}: cannot be written")
-    assert not file.is_symlink() and not os.path.lexists(f"{file}.tmp")
+    assert not file.is_symlink() and not os.path.lexists(f"{file}.at_gen.tmp")
     assert file.read_bytes() == before
     if name == "f.pt":
         assert commands.short("at_gen", out) == (0, "") and alike(out, whole, "at_gen")
 
 
 @full_device
-def test_a_full_disk_under_a_user_s_pictures(tmp_path):
+def test_a_full_disk_under_a_user_s_pictures(tmp_path, monkeypatch):
     import at_gen
     import common
     import torch
     from PIL import Image
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     pictures = common.user_pictures(tmp_path, tmp_path / "out", 8)
+    monkeypatch.setattr(sys, "argv", ["at_gen.py"])
     fill_the_disk(tmp_path / "out" / "0000-a.png")
     s = SimpleNamespace(sample_steps=0, sample_step=1.0, task="generate", output=str(tmp_path / "out"))
     with pytest.raises(common.UserError, match="0000-a.png: cannot be written"):

@@ -67,6 +67,18 @@ def test_a_picture_outside_the_classes_is_refused(tmp_path, extra, says):
     assert extra in str(caught.value)
 
 
+def test_imagenet_is_tested_on_val_where_its_test_pictures_have_no_labels(tmp_path):
+    root = tmp_path / "imagenet"
+    labelled(root, "train", {"a": [1], "b": [2]})
+    labelled(root, "val", {"a": [3], "b": [4]})
+    picture(root / "test" / "ILSVRC_1.png")
+    assert shades_and_labels(load_images("imagenet", "test", tmp_path, side=8)) == [(3, 0), (4, 1)]
+    (root / "test" / "ILSVRC_1.png").unlink()
+    (root / "test").rmdir()
+    (root / "val").rename(root / "test")
+    assert shades_and_labels(load_images("imagenet", "test", tmp_path, side=8)) == [(3, 0), (4, 1)]
+
+
 def test_sets_without_labels_need_no_class_folders(tmp_path):
     picture(tmp_path / "celebahq" / "train" / "a" / "1.png")
     picture(tmp_path / "celebahq" / "test" / "2.png")

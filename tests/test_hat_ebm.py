@@ -232,6 +232,8 @@ def test_batchnorm_is_there_only_where_it_is_asked_for(run, monkeypatch, batchno
     means = [t for key, t in hat.G.net.state_dict().items() if key.endswith("running_mean")]
     assert means and all((m == 0).all().item() != batchnorm for m in means)
     assert not hat.G.net.training  # samples afterwards do not depend on their batch
+    learned = torch.load(run.folder / "coop.pt", weights_only=True)["H"]
+    assert hat.exact.dtype == torch.float32 and all(torch.equal(w, learned[key]) for key, w in hat.exact.net.state_dict().items())
 
 
 def test_inference_is_equation_6_10_and_a_hat_does_none(run, monkeypatch):
@@ -334,7 +336,7 @@ def fixed_hat(m=MODE, log=()):
 
 def test_out_of_distribution_sets_rank_by_minus_h(run):
     test = some_images()
-    hat = hb.Hat(Quadratic(), None, MODE, [])
+    hat = hb.Hat(None, None, MODE, [], Quadratic())
     def load(name):
         if name == "noise":
             raise UserError("not here")
