@@ -1,7 +1,7 @@
 r"""What the scripts share: the machinery of a run, data, and network architectures. Nothing of any method.
 
 The names that you meet in a script, and may take on trust:
-    settings, parse_args      the table of settings, and the command line made from it
+    settings, pick, parse_args   the table of settings; some of them; the command line made from it
     Run, experiments, once    a run's folder; its tables and figures; a thing made when first needed
     Training                  around a training loop: checkpoint, resume, log, time left, stop on divergence
     seeded                    decorator: the function's random numbers depend on --seed alone
@@ -13,8 +13,10 @@ The names that you meet in a script, and may take on trust:
     fast_precision, by_parts  bfloat16 in networks, where that is fast; a function applied to parts of a batch
     load_images, train_and_test, load_on_device, batches   data sets by name; endless shuffled batches
     user_pictures, whole_file   a folder of pictures that a user has; a file, whole or not at all
-    make_net, train_classifier   a network by name; a classifier of a data set
-    UserError, Diverged       what ends a run with one line on stderr
+    make_net, to_device, train_classifier   a network by name; on its device; a classifier of a data set
+    feature_network, feature_statistics     what a Frechet distance is made of
+    identity, read_checkpoint   what a checkpoint remembers of a thing it was made from; the checkpoint
+    call, UserError, Diverged   runs a script's main; what ends it with one line on stderr
 
 Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; networks scale or normalise
 inside. The rooms: the run, speed, data, networks; then, underscored, file formats and devices.
@@ -523,8 +525,6 @@ def seeded(function):
     return wrapped
 
 # === speed ==================================================================================================
-# Sampling and attacks are the cost: a thousand small steps, each a gradient with respect to images.
-
 def input_gradient(function, x):
     """Gradient of the SUM of function(x) with respect to x [B, ...]; no parameter's .grad is touched."""
     with torch.enable_grad():
