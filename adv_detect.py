@@ -504,7 +504,7 @@ def fpr_row(title, z_clean, z, tpr):
     share = lambda clean, attacked: (attacked >= threshold(clean, tpr)).float().mean()
     row = rate(f"FPR, {title}", z >= threshold(z_clean, tpr), tpr=tpr)
     low, high = zip(row["interval"], common.bootstrap(share, z_clean, z))
-    return {**row, "interval": [min(low), max(high)]}
+    return {**row, "interval": [min(low), max(high)], "clean": len(z_clean)}
 
 def figure_3_2(run, s, f, models, test, source):
     """FPR against TPR of the first model, by f and without, under every attack. CIFAR-10: Fig. 3.4.
@@ -559,10 +559,19 @@ def towards(run, name, f, robust, models, x, a):
     run.pictures(name, grids, len(x))
     return rows
 
-def figure_3_3(run, f, robust, models, test, source):
-    """Targeted attacks on the generative and on the robust softmax classifier. CIFAR-10: Fig. 3.5."""
+def figure_3_3(run, s, f, robust, models, test, source):
+    """Targeted attacks on both classifiers; the softmax one's robust accuracy. CIFAR-10: Fig. 3.5."""
     x, _ = together(test, rows_of(test, False), 30)
-    return towards(run, "figure3.3", f, robust, models, x, source["figure3.3"])
+    rows = towards(run, "figure3.3", f, robust, models, x, source["figure3.3"])
+    a = source["robust"].within(2 if run.smoke else 100)
+    x, y = test.take(slice(s.few)), test.y[: s.few]
+    right = logits(robust, x).argmax(1) == y
+    rows.append(rate("natural acc, softmax", right))
+    for _ in range(s.restarts):
+        attacked = by_images(partial(against, robust, a=a), run.chunk, x, y)
+        right = right & (logits(robust, attacked).argmax(1) == y)
+    rows.append(rate("robust acc, softmax", right, eps=a.eps, steps=a.steps, starts=s.restarts))
+    return rows
 
 def figure_3_6(run, f, robust, models, train, source):
     """Draws from the Gaussian of each class' training images, attacked towards their class."""
@@ -606,6 +615,8 @@ def main(argv=None):
     s = args.settings
     colours, _, K = common.IN_MEMORY[args.dataset]
     data, test = common.train_and_test(args, s.batch, s.images)
+    if data.y.min() == data.y.max():
+        raise UserError(f"{args.dataset}: all images are of one class")
     test = chosen(test, common.shuffled(len(test), 123))
     parts = common.shuffled(len(data), 123).tensor_split([len(data) // 6])
     validation, train = (chosen(data, index) for index in parts)
@@ -632,10 +643,8 @@ def main(argv=None):
     @once
     def pairs():
         return {name: first_two(model) for name, model in models().items()}
-    run.experiments(
-        EXPERIMENTS, f=f, robust=robust, models=models, pairs=pairs, train=train, test=test,
-        setups=setups, source=source,
-    )
+    run.experiments(EXPERIMENTS, f=f, robust=robust, models=models, pairs=pairs, train=train, test=test,
+                    setups=setups, source=source)
 
 if __name__ == "__main__":
     common.call(main)

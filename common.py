@@ -14,8 +14,6 @@ The names that you meet in a script, and may take on trust:
     load_images, train_and_test, load_on_device, batches   data sets by name; endless shuffled batches
     user_pictures, whole_file   a folder of pictures that a user has; a file, whole or not at all
     make_net, to_device, train_classifier   a network by name; on its device; a classifier of a data set
-    feature_network, feature_statistics     what a Frechet distance is made of
-    identity, read_checkpoint   what a checkpoint remembers of a thing it was made from; the checkpoint
     call, UserError, Diverged   runs a script's main; what ends it with one line on stderr
 
 Images are float32 in [0, 1], NCHW, wherever a function takes or returns them; networks scale or normalise
@@ -30,7 +28,6 @@ import copy
 import csv
 import dataclasses
 import functools
-import glob
 import hashlib
 import inspect
 import io
@@ -694,8 +691,7 @@ class Images:
 
 def load_images(name, split="train", data_dir="data", channels=None, side=None):
     """A data set by name -> Images or, for folders of large pictures, Pictures; UserError where that fails.
-    split: train or test. channels, side: what the script asks for; grey is repeated, colour averaged.
-    """
+    split: train or test. channels, side: what the script asks for; grey is repeated, colour averaged."""
     data_dir = Path(data_dir)
     for word, known in ((name, (*IN_MEMORY, *FOLDERS)), (split, ("train", "test"))):
         if word not in known:
@@ -965,8 +961,7 @@ SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "va
 def _picture_files(folder, split):
     """A folder of pictures -> files of the split, sorted; the class folder of each, or None; train's classes.
     Sub-folders named as in SPLITS hold the splits. Where there is none, a tenth of the files is to test,
-    chosen by a hash of their names.
-    """
+    chosen by a hash of their names."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; put png, jpg or webp images there, in any sub-folders")
     inside, homes = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}, {}
@@ -1002,9 +997,15 @@ def _class_folder(file, home):
 
 def _files_below(folder):
     """Sorted pictures in a folder and those below it; links are followed, hidden names (.x) are left out."""
-    names = sorted(glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True), reverse=True)
-    pictures = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
-    return sorted({os.path.realpath(name): Path(name) for name in pictures}.values())  # each file once
+    files, seen = {}, set()  # each file and each folder once, whatever links there are
+    for home, inside, names in os.walk(folder, followlinks=True):
+        known = os.path.realpath(home) in seen
+        seen.add(os.path.realpath(home))
+        inside[:] = [] if known else sorted(name for name in inside if name[0] != ".")
+        for name in sorted(names):
+            if name[0] != "." and name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+                files.setdefault(os.path.realpath(os.path.join(home, name)), Path(home, name))
+    return sorted(files.values())
 
 @contextlib.contextmanager
 def _errors_of_workers():
@@ -1326,8 +1327,7 @@ def train_classifier(run, name, build, data, iterations, batch=100, sgd=0.0, aug
     build() makes the untrained network. Adam, one cycle to 1e-3; with sgd that rate of SGD (momentum .9,
     weight decay 2e-4), a tenth of it from 40 % of the updates on, a hundredth from 60 %. augment: as batches;
     noise: deviation of Gaussian noise on images. adversary(model, x, y) -> x: attacks each batch (adversarial
-    training). Labels [N], or masks [N, S, S] for a map of logits. shared: kept where other scripts that train
-    the same find it.
+    training). Labels [N], or masks [N, S, S] for a map of logits. shared: kept where other scripts find it.
     """
     if iterations and data.y.min() == data.y.max():
         raise UserError(f"{name}: all {len(data)} images of {data.name} are of one class")

@@ -610,6 +610,8 @@ def main(argv=None):
     args = get_args(argv)
     s = args.settings
     data, test = common.train_and_test(args, s.batch, s.images)
+    if data.y.min() == data.y.max():
+        raise UserError(f"{args.dataset}: all images are of one class")
     if s.augment == "auto" and data.shape[0] != 3:
         raise UserError("--augment auto is for colour images")
     first, rest = common.shuffled(len(data), 123).tensor_split([len(data) // 6])

@@ -554,7 +554,7 @@ def figure_3_1(run, s, data, test, features):
             distance = frechet_distance(*reference, *here)
             rows.append(value(f"{metric}, {name}", distance, steps=k, n=len(x)))
             pictures[f"{name}, {k} steps"] = x[:16]
-    run.lines("figure3.1", rows, "steps", xscale="symlog")
+    run.lines("figure3.1", rows, "steps", xscale="symlog", yscale="log")
     run.pictures("figure3.1-states", pictures, 16)
     return rows
 

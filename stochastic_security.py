@@ -14,7 +14,7 @@ defended classifier is an expectation over random chains: attack and verdict mus
     (2.2)   V learns down the gradient of d = E_data[U] - E_chains[U], with chains held fixed.
     (2.3)   x <- x - tau^2/2 grad_x U(x) + tau z,  z ~ N(0, I): samples exp(-U); states are never clamped
     Alg. 2  The chains' states live in a bank, which begins as uniform noise and is never restarted. Adam
-            comes first (short chains become realistic), then SGD (long ones do: the energy converges).
+            comes first (short chains become realistic), then SGD for long ones (no gain in figures 2.8, 2.9).
     (2.4)   F(x) = E[f(P(x))], P(x): the state after K steps (2.3) from x.
             (2.5) F_H: mean logits of H chains.  (2.6) The prediction is argmax F_H(x).
     (2.10)  BPDA+EOT. EOT (expectation over transformation): the attack climbs the cross-entropy of F_H. BPDA
@@ -37,8 +37,8 @@ Commands (all numbers: results/stochastic_security.md):
     python stochastic_security.py --dataset cifar10   no GPU: four classes, an hour; BPDA .53, whole chain .35
     python stochastic_security.py --only gradients    why the whole-chain attack sees more than BPDA
 The log. d stays near 0; drift: a step's gradient part over its noise, below 1; spread: of the bank's pixels.
-Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000). AT (adversarial training, on PGD
-images) makes these in eval mode. SVHN's AT begins with the first epoch, and its rate drops at 40, not 20 %.
+Differs: updates and switch follow Alg. 2 (published code: 250,000, 125,000, SGD an update earlier). AT on PGD
+images makes these in eval mode; SVHN's begins with the first epoch, and its rate drops at 40, not 20 %.
 Figure 2.2's long runs are 200 times --k-train steps (20,000; source: 100,000).
 """
 import math

@@ -844,7 +844,26 @@ def test_figures_3_3_and_3_6_hand_over_their_images(monkeypatch):
     images.x[images.y == 4, 0, 3, 3] = images.x[images.y == 4, 0, 9, 9]         # two pixels of class 4 are alike
     monkeypatch.setattr(ad, "towards", lambda *a: handed.append(a) or [])
     source = {"figure3.3": "a", "figure3.6": "b"}
-    ad.figure_3_3("run", "f", "robust", "models", images, source)
+    s = SimpleNamespace(few=12, restarts=3)
+    monkeypatch.setattr(ad, "logits", lambda net, x: net(x))
+    tries = []
+
+    def against(net, x, y, a):                                                  # each start breaks an image of its own
+        tries.append((x, y, a))
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == len(tries), x - 4, x)
+    monkeypatch.setattr(ad, "against", against)
+
+    def robust(x):                                                              # right, but for image 5 and what is attacked
+        of = [next(i for i in range(12) if torch.allclose(x_i + 4 * (x_i.amin() < 0), images.take([i])[0], atol=1e-5)) for x_i in x]
+        y = images.y[torch.tensor(of)] + (x.amin((1, 2, 3)) < 0).long() + (torch.tensor(of) == 5)
+        return F.one_hot(y % 10, 10).float()
+    source["robust"] = Steps("inf", 0.3, 40, 0.01, False)
+    run = SimpleNamespace(smoke=False, chunk=100)
+    found = {row["quantity"]: row for row in ad.figure_3_3(run, s, "f", robust, "models", images, source)}
+    assert found["natural acc, softmax"]["value"] == 11 / 12 and found["robust acc, softmax"]["value"] == 8 / 12
+    assert len(tries) == 3 and {a for *_, a in tries} == {Steps("inf", 0.3, 100, 0.01, False)}
+    assert (found["robust acc, softmax"]["steps"], found["robust acc, softmax"]["starts"]) == (100, 3)
+    handed[0] = ("run", handed[0][1], "f", "robust", *handed[0][4:])
     ad.figure_3_6("run", "f", "robust", "models", images, source)
     assert [h[:5] for h in handed] == [("run", f"figure3.{i}", "f", "robust", "models") for i in (3, 6)]
     assert [h[6] for h in handed] == ["a", "b"]

@@ -711,6 +711,12 @@ def test_inception_scores_are_of_each_set_and_of_all_samples(monkeypatch, letter
     assert asked == [None] * 5
 
 
+def test_published_numbers_of_updates():
+    """Tab. 2.3, to one in ten thousand: each K has equally many."""
+    for dataset, updates in (("cifar10", 172_000), ("celebahq", 218_000), ("afhq_cat", 225_000), ("lsun_church", 215_000)):
+        assert at_gen.updates_of_all(at_gen.SETTINGS[dataset, "paper"]) == pytest.approx(updates, rel=1e-4)
+
+
 def test_published_settings_of_sampling():
     """Tab. 2.4."""
     for dataset, steps, step in (("cifar10", 32, 0.2), ("celebahq", 20, 8), ("afhq_cat", 14, 8), ("lsun_church", 17, 8)):

@@ -1,4 +1,5 @@
 """What users' files and habits do to a run: the right images and labels, or one clear line."""
+import importlib
 import os
 import signal
 import subprocess
@@ -118,7 +119,8 @@ def test_linked_folders_are_followed_and_each_file_is_read_once(tmp_path):
     labelled(tmp_path / "elsewhere", "", {"b": [2]})
     (root / "train" / "b").symlink_to(tmp_path / "elsewhere" / "b")
     (root / "train" / "a" / "again.png").symlink_to(root / "train" / "a" / "1.png")
-    (root / "train" / "a" / "up").symlink_to(root / "train" / "a")
+    for name in ("up", "back"):                                                 # two ways round and round
+        (root / "train" / "a" / name).symlink_to(root / "train" / "a")
     assert shades_and_labels(load_images("flowers102", "train", tmp_path, side=8)) == [(1, 0), (2, 1)]
 
 
@@ -242,6 +244,15 @@ def test_a_single_class_is_said(tmp_path):
         common.train_classifier(any_run(tmp_path), "f", build, data, 2)
 
 
+@pytest.mark.parametrize("script", ["adv_detect", "gen_classify", "stochastic_security"])
+def test_a_single_class_is_one_line(tmp_path, write_npz, outcome, script):
+    y = np.full(96, 3)
+    folder = write_npz("mnist", side=28, colour=False, y_train=y, y_test=y)
+    flags = ("--dataset", "mnist", "--budget", "smoke", "--device", "cpu", "--data-dir", folder, "--out", tmp_path / "out")
+    code, err = outcome(importlib.import_module(script), *flags)
+    assert code == 2 and "one class" in err and err.count("\n") == 1
+
+
 def test_svhn_without_scipy_is_said(tmp_path, monkeypatch):
     def lacks(*args, **options):
         raise ModuleNotFoundError("No module named 'scipy'")
@@ -291,7 +302,7 @@ def test_the_home_folder_is_written_as_a_tilde(tmp_path):
 
 
 def test_a_notebook_s_backend_a_plain_terminal_and_a_closed_pipe():
-    script = "import common\ncommon.call(lambda: print('\\u0394', *range(99999), sep='\\n'))"
+    script = "import common\ncommon.plt.figure()\ncommon.call(lambda: print('\\u0394', *range(99999), sep='\\n'))"
     done = subprocess.run(f"{sys.executable} -c \"{script}\" | head -1", shell=True, cwd=ROOT, capture_output=True,
                           timeout=60, env={**os.environ, "MPLBACKEND": "module://not_installed",
                                            "PYTHONIOENCODING": "ascii"})

@@ -466,7 +466,8 @@ def fake_attack(monkeypatch, judge):
     def attack(run, defence, x, y, a):
         asked.append(SimpleNamespace(defence=defence, x=x, y=y, a=a))
         natural, robust = (torch.tensor(part).bool() for part in judge(defence, a))
-        return Outcome(natural, natural & robust, torch.stack([natural, robust]), x + 0.5, a)
+        moved = 0.5 * natural.view(-1, *[1] * (x.dim() - 1))  # what is misread anyway comes back as it was
+        return Outcome(natural, natural & robust, torch.stack([natural, robust]), x + moved, a)
     monkeypatch.setattr(fixer, "eot_attack", attack)
     return asked
 
@@ -596,6 +597,7 @@ def test_figure_5_3_shows_attacked_purified_fixed(run, monkeypatch):
     fake_attack(monkeypatch, lambda defence, a: ([1] * 5 + [0] * 5, [1] * 10))  # half were misread before
     half = rows_of(fixer.figure_5_3(FakeRun(run.folder), settings(k=3), f, G, through, x, y, ATTACK))
     assert half["acc of f, attacked"] == pytest.approx(0.2)  # one of five is of class 1
+    assert half["root mean square of attacked - natural"] == pytest.approx(0.5)  # of those alone that were attacked
     shown = run.shown["figure5.3"]
     assert list(shown) == ["natural", "attacked", "purified", "fixed"] and len(shown["fixed"]) == 8
     for title, value in (("natural", 0.5), ("attacked", 1.0), ("purified", 1.25), ("fixed", 0.625)):

@@ -547,7 +547,8 @@ def test_attacked_reports_each_attack_and_the_worst(run, monkeypatch):
     monkeypatch.setattr(lm, "pgd", pgd)
     s = settings(k=7, h_def=24, n=20, eps=0.1)
     task = Task(Stub("f", 7, lambda x, steps: x + 0.01 * steps), x, y)
-    rows, sets, _ = lm.attacked(run, s, task, ATTACK, "name")
+    rows, sets, mine = lm.attacked(run, s, task, ATTACK, "name")
+    assert mine.tolist() == [True, True, True, True, False]  # the last one was misread before: nobody attacked it
     assert calls == [(0, ATTACK._replace(H_adv=1, H_def=1)), (7, ATTACK), (7, ATTACK._replace(whole=True))]
     assert asked == [(7, 24)]
     assert {name: images is expected for (name, images), expected in zip(
@@ -944,6 +945,8 @@ def test_settings_are_the_published_ones():
     assert s.bank == 20_000 // 128 * 128 and big.bank == 10_000 // 64 * 64
     assert (2 * s.tau, 2 * s.data_noise, s.k) == (.01, .02, 2000)
     assert (s.h_adv, s.h_def, s.n, s.eps, s.step, s.images) == (48, 128, 50, 8 / 255, 2 / 255, 5000)
+    for script in (lm, stochastic_security):  # the attack of the digits' headlines: half of it breaks fewer
+        assert [getattr(script.SETTINGS["glyphs", "quick"], name) for name in ("n", "h_adv", "h_def")] == [20, 6, 24]
     assert (big.batch, big.k, big.h_adv, big.h_def, big.eps, big.step) == (64, 200, 24, 64, 2 / 255, 1 / 255)
     assert (2 * big.tau, 2 * big.data_noise, big.temperature, big.p) == (.02, .03, 1e-5, .05)
     assert round(4 / 3 * big.h_adv) == 32 and 4 * big.n == 200  # table 3.3
