@@ -82,19 +82,16 @@ class Loop:
     """In place of common.Training: counts, and ends where it is told to."""
 
     def __init__(self, *_, **__):
-        self.stopped = False
+        self.finished = False
 
     def updates(self, total, *_):
         for it in range(1, total + 1):
             yield it
-            if self.stopped:
+            if self.finished:
                 return
 
     def log(self, **_):
         pass
-
-    def stop(self):
-        self.stopped = True
 
 
 def kept(fixer, train, val, early):
