@@ -21,8 +21,8 @@ them at random in the ball. Figures 3.3 and 3.6 also have a softmax classifier t
     (3.29)  FPR (false positive rate): share of ALL attacked images that are misread AND accepted.
     AUC of d_k: probability that a clean image of class k scores above an attacked other one; a tie is half.
 
-Commands (one core without AVX512, "slow"; all numbers: results/adv_detect.md):
-    python adv_detect.py                    within an hour: AUC of d_1 .993, of d_2 1.00 under l_inf .3
+Commands (one core without AVX512; all numbers: results/adv_detect.md):
+    python adv_detect.py                               within an hour: AUC of d_1 .993, of d_2 1.00
     python adv_detect.py --only table3.4 --models all  detectors of four attacks, crosswise
     python adv_detect.py --dataset mnist               hours; AUC of d_1 .998 by older code (source: .9996)
     python adv_detect.py --dataset cifar10             a GPU; --budget paper: the source's settings
