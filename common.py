@@ -275,9 +275,9 @@ class Run:
     .seed, .device, .chunk, .data_dir, .smoke (learns nothing): of the command line. .shared: a folder for
     what several scripts train alike. about: what else each result is to say (p0="letters").
     """
-    def __init__(self, script, args, **about):
-        self.script, self.args = script, args
-        self.seed, self.chunk, self.data_dir = args.seed, args.chunk, args.data_dir
+    def __init__(self, script, args, side=32, **about):
+        self.script, self.args, self.seed, self.data_dir = script, args, args.seed, args.data_dir
+        self.chunk = max(args.chunk // max(side // 32, 1) ** 2, 1)  # fewer large pictures at once
         self.device, self.smoke = torch.device(args.device), args.budget == "smoke"
         self.folder = args.out / f"{script}-{args.dataset}"
         self.shared = args.out / f"shared-{args.dataset}"
@@ -999,9 +999,9 @@ def _files_below(folder):
     """Sorted pictures in a folder and those below it; links are followed, hidden names (.x) are left out."""
     files, seen = {}, set()  # each file and each folder once, whatever links there are
     for home, inside, names in os.walk(folder, followlinks=True):
-        known = os.path.realpath(home) in seen
-        seen.add(os.path.realpath(home))
-        inside[:] = [] if known else sorted(name for name in inside if name[0] != ".")
+        real = os.path.realpath(home)
+        inside[:] = [] if real in seen else sorted(name for name in inside if name[0] != ".")
+        seen.add(real)
         for name in sorted(names):
             if name[0] != "." and name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
                 files.setdefault(os.path.realpath(os.path.join(home, name)), Path(home, name))

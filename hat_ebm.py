@@ -617,8 +617,7 @@ def main(argv=None):
     s = args.settings
     data, test = common.train_and_test(args, s.batch, 2, s.side)
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
-    run = common.Run("hat_ebm", args)
-    run.chunk = max(run.chunk // max(s.side // 32, 1) ** 2, 1)  # fewer large pictures at once
+    run = common.Run("hat_ebm", args, s.side)
     load = partial(load_on_device, args, split="test", channels=data.shape[0], side=data.shape[1])
     sngan = once(lambda: train_sngan(run, s, data))
     synth = once(lambda: train_hat(run, s, mode(s, "synth"), data, "synth"))

@@ -618,8 +618,7 @@ def main(argv=None):
         load = partial(load_on_device, args, s.other, channels=channels, side=side)
         return load("train"), load("test")
     common.make_net(s.net, 1, data.shape, s.width)  # an error is said before any work
-    run = common.Run("lifecycle_midrun", args)
-    run.chunk = max(run.chunk // max(side // 32, 1) ** 2, 1)  # fewer large pictures at once
+    run = common.Run("lifecycle_midrun", args, side)
     def learned(net_name, net, images, held_out, iterations, kind=Defence, **options):
         build = partial(net, int(images.y.max()) + 1, data.shape)
         network = common.train_classifier(run, net_name, build, images, iterations, **options)

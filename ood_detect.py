@@ -616,8 +616,7 @@ def main(argv=None):
         f, side = at_gen_model(args)
         test = common.load_on_device(args, args.dataset, "test", None, side)
         sets = other_sets(args, replace(s, p0="none"), test, test, test)
-        run = common.Run("ood_detect", args, p0="that of at_gen.py")
-        run.chunk = max(run.chunk // max(side // 32, 1) ** 2, 1)  # fewer large pictures at once
+        run = common.Run("ood_detect", args, side, p0="that of at_gen.py")
         model = {"AT generative model": Detector(f, logit)}
         return run.experiments(EXPERIMENTS, test=test, sets=sets, detectors=model)
     data, test = common.train_and_test(args, s.batch, s.images)

@@ -467,6 +467,8 @@ def test_a_run_gives_experiments_what_they_name_and_keeps_their_rows(tmp_path, c
         {"quantity": "number", "value": 41.5, "source": "Fig. 7.1"}, {"quantity": "other", "value": 1, "source": "x"}]}}}))
     made, calls = [], []
     number = common.once(lambda: calls.append(1) or 7)
+    chunks = [common.Run("toy", arguments(tmp_path, "--chunk", 100), side).chunk for side in (28, 64, 256, 1024)]
+    assert chunks == [100, 25, 1, 1]  # fewer large pictures at once
     run = common.Run("toy", arguments(tmp_path), p0="letters")
     run.experiments(REGISTRY, number=number, made=made)
     assert made == [7] and calls == [1] and number() == 7 and calls == [1]      # made once, when it was needed
